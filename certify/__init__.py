@@ -1,0 +1,46 @@
+"""Certified robustness: sound bounds, verdicts and attacks for any `torch.nn.Module`.
+
+>>> cert = certify.verify(model, x, certify.Classification(y), certify.Linf(8 / 255))
+>>> cert.status          # (N,) of certify.Status: HOLDS VIOLATED UNKNOWN TIMEOUT
+"""
+
+from certify.bounds import Network, UnsupportedOperation, bounds
+from certify.dispatch import verify
+from certify.perturbations import (
+    L2,
+    AffineFamily,
+    BlurMix,
+    Box,
+    Brightness,
+    BrightnessContrast,
+    Contrast,
+    Linf,
+    Perturbation,
+    Saturation,
+)
+from certify.specs import Classification, Deviation, Linear, Spec
+from certify.verdicts import Budget, Certificate, Status
+
+__all__ = [
+    "L2",
+    "AffineFamily",
+    "BlurMix",
+    "Box",
+    "Brightness",
+    "BrightnessContrast",
+    "Budget",
+    "Certificate",
+    "Classification",
+    "Contrast",
+    "Deviation",
+    "Linear",
+    "Linf",
+    "Network",
+    "Perturbation",
+    "Saturation",
+    "Spec",
+    "Status",
+    "UnsupportedOperation",
+    "bounds",
+    "verify",
+]

@@ -1,0 +1,116 @@
+"""Sound bounds on the outputs of a network over a set of perturbed images.
+
+`bounds` is the front door. `Network` traces a model once and bounds it as often as wanted, also inside a training step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from certify.bounds.crown import crown_intervals, crown_rows
+from certify.bounds.graph import Graph
+from certify.bounds.interval import intervals, rows_from_intervals
+from certify.bounds.op import UnsupportedOperation
+from certify.bounds.region import Region, attach
+from certify.bounds.trace import trace
+from certify.perturbations import Perturbation
+
+__all__ = ["METHODS", "Graph", "Network", "Region", "UnsupportedOperation", "attach", "bounds", "trace"]
+
+METHODS = ("ibp", "crown-ibp", "crown")
+Output = tuple[Tensor, Tensor]
+
+
+class Network:
+    """A model traced on a batch `x` (N, ...): its output there, and bounds around it.
+
+    Attributes:
+        graph: the bounded operations, batch normalisation folded into the layer before it.
+        output: the model's output on `x`, with gradients; in training mode the one forward pass of this step.
+
+    Raises:
+        UnsupportedOperation: for an operation without a sound bound, naming it and its module.
+        ValueError: for non-finite weights, when `check` is set.
+    """
+
+    def __init__(self, model: nn.Module, x: Tensor, check: bool = True) -> None:
+        self.graph, self.output = trace(model, x, check=check)
+        self.graph = self.graph.folded()
+        self._x = x
+
+    def bounds(
+        self, p: Perturbation, method: str = "ibp", C: Tensor | None = None, memory: int = 1 << 28
+    ) -> tuple[Tensor, Tensor]:
+        """Bounds over `p` around the traced batch; see `certify.bounds` for arguments and result."""
+        return bound_rows(self.graph, self._x, p, method, C, memory)
+
+
+def bounds(
+    model: nn.Module,
+    x: Tensor,
+    p: Perturbation,
+    method: str = "crown",
+    C: Tensor | None = None,
+    memory: int = 1 << 28,
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of the model's outputs, or of ``C y``, for every image in `p` around `x`.
+
+    Args:
+        model: any module whose operations are supported; normalisation belongs inside it.
+        x: images (N, ...) in pixel space.
+        p: what may change.
+        method: "ibp", "crown-ibp", "crown", or "auto-lirpa:<method>" for auto-LiRPA's own.
+        C: (N, rows, outputs) linear functions of the output; it is folded into the last affine layers.
+        memory: bytes that working tensors should stay near.
+
+    Returns:
+        Two tensors (N, outputs), or (N, rows) with `C`, differentiable in the model's parameters.
+
+    Raises:
+        UnsupportedOperation: for an operation without a sound bound, naming it and its module.
+        ValueError: for bad images, radii, weights, `C`, or an unknown method.
+    """
+    p.check(x)
+    if method.startswith("auto-lirpa"):
+        from certify import lirpa
+
+        return lirpa.bounds(model, x, p, method.partition(":")[2] or "CROWN", C)
+    # A few images are enough to trace; batch normalisation in training mode needs the statistics of all of them.
+    saved = {name: value.clone() for name, value in model.named_buffers()} if model.training else {}
+    graph, _ = trace(model, x if model.training else x[:2])
+    if saved:
+        with torch.no_grad():
+            for name, value in model.named_buffers():
+                value.copy_(saved[name])
+    return bound_rows(graph.folded(), x, p, method, C, memory)
+
+
+def bound_rows(
+    graph: Graph, x: Tensor, p: Perturbation, method: str, C: Tensor | None, memory: int = 1 << 28
+) -> tuple[Tensor, Tensor]:
+    """As `bounds`, for a graph."""
+    if method not in METHODS:
+        raise ValueError(f"unknown bound method {method!r}; choose one of {', '.join(METHODS)} or auto-lirpa:<method>")
+    if len(graph.nodes[graph.output].shape) != 1:
+        raise UnsupportedOperation(
+            f"the network's output has shape {graph.nodes[graph.output].shape} an image; flatten it to one axis"
+        )
+    outputs = graph.nodes[graph.output].shape[0]
+    if C is not None and (C.ndim != 3 or len(C) != len(x) or C.shape[2] != outputs):
+        raise ValueError(f"C must be ({len(x)}, rows, {outputs}), got {tuple(C.shape)}")
+    if method == "ibp" and C is None:
+        attached, region = attach(graph, x, p, hull=True)
+        return intervals(attached, region)[attached.output]
+    rows = C.to(x) if C is not None else torch.eye(outputs, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)
+    lower = lower_rows(graph, x, p, method, torch.cat([rows, -rows], 1), memory)
+    return lower[:, : rows.shape[1]], -lower[:, rows.shape[1] :]
+
+
+def lower_rows(graph: Graph, x: Tensor, p: Perturbation, method: str, C: Tensor, memory: int = 1 << 28) -> Tensor:
+    """Lower bounds (N, R) of ``C y`` for C (N, R, outputs); `method` as in `bounds`, without back ends."""
+    attached, region = attach(graph, x, p, hull=method == "ibp")
+    if method == "ibp":
+        return rows_from_intervals(attached, region, intervals(attached, region), C)
+    found = intervals(attached, region) if method == "crown-ibp" else crown_intervals(attached, region, memory)
+    return crown_rows(attached, region, found, C, memory)

@@ -1,0 +1,180 @@
+"""CROWN: linear bounds carried backward through the network (Zhang et al., 2018; Xu et al., 2020).
+
+To bound a functional of the output from below, replace every activation, from the output back to the input, by the line
+that bounds the functional from below, and minimise the functional of the input that remains over the input region.
+The lines need intervals before each activation: *CROWN-IBP* takes them from interval propagation, *CROWN* computes them
+by the same backward pass, layer by layer, for those neurons whose interval makes a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from certify.bounds.graph import Graph
+from certify.bounds.op import Activation, Affine, Coefficients, Interval, Relaxation
+from certify.bounds.pooling import MaxPool2d, PoolRelaxation
+from certify.bounds.region import Region
+from certify.bounds.windows import Window
+
+Lines = dict[int, Relaxation | PoolRelaxation]
+# An adjustment of the functionals at a node, such as the multipliers of split constraints in beta-CROWN.
+Adjust = Callable[[int, Coefficients], Coefficients]
+
+
+def relaxations(graph: Graph, found: list[Interval], upto: int | None = None) -> Lines:
+    """The lines of every activation below node `upto`, for the intervals `found`."""
+    lines: Lines = {}
+    for index in range(1, len(graph.nodes) if upto is None else upto):
+        op = graph.operation(index)
+        if isinstance(op, (Activation, MaxPool2d)):
+            lines[index] = op.relax(*found[graph.nodes[index].inputs[0]])
+    return lines
+
+
+def backward(
+    graph: Graph,
+    region: Region,
+    found: list[Interval],
+    lines: Lines,
+    start: int,
+    c: Coefficients,
+    adjust: Adjust | None = None,
+) -> Tensor:
+    """Lower bounds of the functionals `c` of node `start` over the region: the row axes of `c`.
+
+    Nodes without lines (softmax) are bounded by their interval in `found`.
+    """
+    total, at_input = linear_bound(graph, found, lines, start, c, adjust)
+    return total if at_input is None else total + region.lower(at_input)
+
+
+def linear_bound(
+    graph: Graph, found: list[Interval], lines: Lines, start: int, c: Coefficients, adjust: Adjust | None = None
+) -> tuple[Tensor, Coefficients | None]:
+    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together."""
+    pending: dict[int, Coefficients] = {start: c}
+    total = c.data.new_zeros(c.lead)
+    while pending:
+        index = max(pending)
+        c = pending.pop(index)
+        if adjust is not None:
+            c = adjust(index, c)
+        node = graph.nodes[index]
+        if node.op is None:
+            return total, c
+        parts: tuple[Coefficients, ...]
+        if isinstance(node.op, Affine):
+            offset = node.op.offset(c)
+            total = total if offset is None else total + offset
+            parts = node.op.adjoint(c)
+        elif isinstance(node.op, Activation):
+            line = lines[index]
+            assert isinstance(line, Relaxation)
+            part, constant = node.op.backward(c, line)
+            total, parts = total + constant, (part,)
+        elif isinstance(node.op, MaxPool2d):
+            line = lines[index]
+            assert isinstance(line, PoolRelaxation)
+            part, constant = node.op.backward(c, line)
+            total, parts = total + constant, (part,)
+        else:
+            lo, hi = found[index]
+            total = total + Region(lo, hi).lower(c)
+            parts = ()
+        for i, part in zip(node.inputs, parts):
+            pending[i] = pending[i].plus(part) if i in pending else part
+    return total, None
+
+
+def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28) -> list[Interval]:
+    """Intervals for every node, tightened by CROWN wherever an activation is unstable on its interval.
+
+    Only those neurons are bounded, each image's own, in chunks whose working tensors stay near `memory` bytes.
+    """
+    found: list[Interval] = [(region.lo, region.hi)]
+    lines: Lines = {}
+    readers = graph.consumers()
+    for index in range(1, len(graph.nodes)):
+        op = graph.operation(index)
+        found.append(graph.step(index, found))
+        if isinstance(op, (Activation, MaxPool2d)):
+            # A monotone function of tight intervals is as tight as a backward pass through its lines would be.
+            lines[index] = op.relax(*found[graph.nodes[index].inputs[0]])
+        elif any(graph.nodes[i].op is not None for i in graph.nodes[index].inputs):
+            where = undecided(graph, readers, index, found[index])
+            if where is not None:
+                found[index] = _tighten(graph, region, found, lines, index, where, memory)
+    return found
+
+
+def undecided(graph: Graph, readers: list[list[int]], index: int, interval: Interval) -> Tensor | None:
+    """Which entries of a node need a tight interval: those that leave an activation or a pooling window undecided.
+
+    None when nothing nonlinear reads the node.
+    """
+    where: Tensor | None = None
+    for reader in readers[index]:
+        op = graph.operation(reader)
+        if isinstance(op, MaxPool2d):
+            asked: Tensor | None = op.contested(*interval)
+        elif isinstance(op, Activation):
+            asked = op.unstable(*interval)
+            beyond = undecided(graph, readers, reader, op.interval(interval))
+            if beyond is not None:
+                asked = asked | beyond
+        else:
+            continue
+        where = asked if where is None else where | asked
+    return where
+
+
+def _tighten(
+    graph: Graph, region: Region, found: list[Interval], lines: Lines, index: int, where: Tensor, memory: int
+) -> Interval:
+    lo, hi = found[index]
+    image, entry = where.flatten(1).nonzero(as_tuple=True)
+    if not len(image):
+        return lo, hi
+    shape = graph.nodes[index].shape
+    widest = max(
+        sum(torch.Size(n.shape).numel() for n in graph.nodes[max(0, i - 2) : i + 1]) for i in range(1, index + 1)
+    )
+    chunk = max(1, memory // (4 * lo.element_size() * widest))
+    lower, upper = [], []
+    for at in range(0, len(image), chunk):
+        rows, places = image[at : at + chunk], entry[at : at + chunk]
+        both = []
+        for sign in (1.0, -1.0):
+            weight = torch.full((len(rows),), sign, dtype=lo.dtype, device=lo.device)
+            both.append(backward(graph, region, found, lines, index, single(rows, places, weight, shape)))
+        lower.append(both[0])
+        upper.append(-both[1])
+    flat = image * where[0].numel() + entry
+    new_lo = lo.flatten().index_put((flat,), torch.maximum(lo.flatten()[flat], torch.cat(lower))).reshape(lo.shape)
+    new_hi = hi.flatten().index_put((flat,), torch.minimum(hi.flatten()[flat], torch.cat(upper))).reshape(hi.shape)
+    # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
+    return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
+
+
+def single(image: Tensor, entry: Tensor, sign: Tensor, shape: tuple[int, ...]) -> Coefficients:
+    """Functionals ``sign * value`` of single entries of a node, in the cheapest layout for its shape."""
+    if len(shape) == 3 and shape[1] * shape[2] > 1:
+        return Window.neurons(image, entry, sign, (shape[0], shape[1], shape[2]))
+    data = torch.zeros(len(image), torch.Size(shape).numel(), dtype=sign.dtype, device=sign.device)
+    data = data.scatter(1, entry.unsqueeze(1), sign.unsqueeze(1)).reshape(-1, *shape)
+    return Coefficients(data, image, len(shape))
+
+
+def crown_rows(graph: Graph, region: Region, found: list[Interval], C: Tensor, memory: int = 1 << 28) -> Tensor:
+    """Lower bounds (N, R) of ``C y`` for C (N, R, outputs), given the intervals of all nodes."""
+    lines = relaxations(graph, found, graph.output + 1)
+    widest = max(torch.Size(n.shape).numel() for n in graph.nodes)
+    chunk = max(1, memory // (8 * C.element_size() * widest * max(1, len(C))))
+    parts = [
+        backward(graph, region, found, lines, graph.output, Coefficients(C[:, at : at + chunk], None, 1))
+        for at in range(0, C.shape[1], chunk)
+    ]
+    return torch.cat(parts, 1)

@@ -1,0 +1,46 @@
+"""Pruning methods. Each is a package of its own: ``from methods.magnitude import Magnitude, MagnitudeConfig``.
+
+Every method is used as ``Method(config).fit(model, batches) -> Outcome(model, mask, history)`` on any network and any
+re-iterable of (x, y) batches. This module lists them without importing torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+# Name -> (class, configuration, one line). The package is methods.<name>.
+_METHODS: dict[str, tuple[str, str, str]] = {
+    "dense": ("Dense", "DenseConfig", "train only, nothing removed"),
+    "random": ("Random", "RandomConfig", "train, remove at random, fine-tune"),
+    "magnitude": ("Magnitude", "MagnitudeConfig", "LMP: train, remove the smallest weights once, fine-tune"),
+    "imp": ("IMP", "IMPConfig", "iterative magnitude pruning with rewinding"),
+}
+
+__all__ = ["describe", "get", "names"]
+
+
+def names() -> tuple[str, ...]:
+    """The methods' names."""
+    return tuple(_METHODS)
+
+
+def describe() -> dict[str, str]:
+    """Name -> one line."""
+    return {name: line for name, (_, _, line) in _METHODS.items()}
+
+
+def get(name: str) -> tuple[Any, Any]:
+    """The method's class and its configuration's class.
+
+    Raises:
+        KeyError: unknown name; the message offers close matches.
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_METHODS)}"
+        raise KeyError(f"unknown method {name!r}; {hint}")
+    method, config, _ = _METHODS[name]
+    package = importlib.import_module(f"methods.{name}")
+    return getattr(package, method), getattr(package, config)

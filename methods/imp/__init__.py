@@ -1,0 +1,6 @@
+"""Iterative magnitude pruning."""
+
+from methods.imp.config import IMPConfig
+from methods.imp.method import IMP, IMPOutcome
+
+__all__ = ["IMP", "IMPConfig", "IMPOutcome"]

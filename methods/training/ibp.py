@@ -1,0 +1,131 @@
+"""Certified training with interval bounds.
+
+Gowal et al. 2018, "On the Effectiveness of Interval Bound Propagation for Training Verifiably Robust Models": a mix of
+the task loss on the clean image (weight kappa) and on the worst output that interval bounds allow (weight 1 - kappa).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import certify
+from certify.specs import margin_rows
+from methods.training.eps import Linear, Smoothed
+from methods.training.losses import TaskLoss
+from methods.training.natural import means
+from methods.training.objective import Batch, Progress
+
+
+@contextlib.contextmanager
+def _no_dropout(model: nn.Module) -> Iterator[None]:
+    """Dropout modules in eval mode: a random draw has no bound."""
+    active = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
+
+
+@dataclasses.dataclass(frozen=True)
+class IBP:
+    """Interval bound propagation training.
+
+    Args:
+        eps: target radius in pixel space ([0, 1] units).
+        perturbation: the perturbation's class in `certify`: "Linf", or a one-parameter one such as "Brightness" or
+            "Contrast", whose box hull is propagated.
+        schedule: ramp of the radius over training.
+        kappa_start, kappa_end: weight of the clean loss while the radius is 0, and at the full radius; linear in the
+            radius in between (section 3: 1 to 0.5).
+
+    Classification: cross-entropy of the worst logits, which are minus the lower bounds of the margins against the label
+    (folded into the last layer, section 3). Keypoints: the task loss at the output corner farthest from the target,
+    an upper bound of the loss of every perturbed image. Batch normalisation uses the statistics of the clean batch;
+    dropout is off in steps that take bounds.
+    The validation score is ``kappa_end * clean + (1 - kappa_end) * certified`` at the full radius in every epoch, with
+    clean accuracy (or minus px error) and certified accuracy (or minus the worst-case px error).
+    """
+
+    eps: float
+    perturbation: Literal["Linf", "Brightness", "Contrast"] = "Linf"
+    schedule: Linear | Smoothed = dataclasses.field(default_factory=Linear)
+    kappa_start: float = 1.0
+    kappa_end: float = 0.5
+
+    name: Literal["ibp"] = dataclasses.field(default="ibp", init=False)
+    mixed_precision: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.eps < float("inf"):
+            raise ValueError(f"eps must be a finite radius >= 0 in pixel space, got {self.eps}")
+        for kappa in (self.kappa_start, self.kappa_end):
+            if not 0.0 <= kappa <= 1.0:
+                raise ValueError(f"kappa is the weight of the clean loss and must lie in [0, 1], got {kappa}")
+        if self.perturbation not in ("Linf", "Brightness", "Contrast"):
+            raise ValueError(f"perturbation must be Linf, Brightness or Contrast, got {self.perturbation!r}")
+
+    def radius(self, progress: Progress) -> float:
+        """The scheduled radius."""
+        return self.eps * self.schedule(progress.fraction)
+
+    def kappa(self, progress: Progress) -> float:
+        """The scheduled weight of the clean loss."""
+        return self.kappa_start + self.schedule(progress.fraction) * (self.kappa_end - self.kappa_start)
+
+    def loss(
+        self, model: nn.Module, x: Tensor, y: Tensor, task_loss: TaskLoss, progress: Progress
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        radius, kappa = self.radius(progress), self.kappa(progress)
+        plain = radius == 0.0 or kappa == 1.0
+        # One forward pass gives the clean outputs and, traced, the graph to bound: normalisation sees the batch once.
+        traced = None
+        if not plain:
+            with _no_dropout(model):
+                traced = certify.Network(model, x, check=False)
+        outputs = model(x) if traced is None else traced.output
+        natural = task_loss(outputs, y)
+        metrics = {"natural": natural.detach(), "score": task_loss.score(outputs.detach(), y) / len(x)}
+        if traced is None:
+            return natural, metrics
+        worst, certified = self._worst(traced, y, radius, task_loss)
+        metrics |= {"robust": worst.detach(), "certified": certified.detach() / len(x)}
+        return kappa * natural + (1.0 - kappa) * worst, metrics
+
+    def validate(
+        self, model: nn.Module, val: Iterable[Batch], task_loss: TaskLoss, progress: Progress
+    ) -> Mapping[str, float]:
+        clean, certified, count = [], [], 0
+        for x, y in val:
+            traced = certify.Network(model, x, check=False)
+            clean.append(task_loss.score(traced.output, y))
+            certified.append(self._worst(traced, y, self.eps, task_loss)[1])
+            count += len(x)
+        result = means({"clean": clean, "certified": certified}, count)
+        score = self.kappa_end * result["clean"] + (1.0 - self.kappa_end) * result["certified"]
+        return {"score": score} | result
+
+    def settled(self) -> IBP:
+        return dataclasses.replace(self, schedule=Linear(0.0, 0.0))
+
+    def _worst(self, traced: certify.Network, y: Tensor, radius: float, task_loss: TaskLoss) -> tuple[Tensor, Tensor]:
+        """Mean loss at the worst output within `radius`, and the sum of its score (certified images; minus px)."""
+        kinds = {"Linf": certify.Linf, "Brightness": certify.Brightness, "Contrast": certify.Contrast}
+        perturbation = kinds[self.perturbation](radius)
+        if task_loss.kind == "classification":
+            rows = margin_rows(y, traced.output.shape[1]).to(traced.output.dtype)
+            margins, _ = traced.bounds(perturbation, method="ibp", C=rows)
+            logits = F.pad(-margins, (1, 0))  # the label's own logit is the reference, 0
+            return F.cross_entropy(logits, torch.zeros_like(y)), (margins > 0).all(1).sum().float()
+        lower, upper = traced.bounds(perturbation, method="ibp")
+        corner = torch.where((upper - y).abs() > (lower - y).abs(), upper, lower)
+        return task_loss(corner, y), task_loss.score(corner.detach(), y)

@@ -1,0 +1,288 @@
+"""The comparison from the command line: plan, run, leaderboard.
+
+python -m runs.compare                              the quick arena
+python -m runs.compare arena --preset smoke         a minute that shows that everything works
+python -m runs.compare report --results results     the leaderboard of what is on record, without running anything
+python -m runs.compare --list                       what there is to choose from
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from runs import suites
+from runs.cell import PERTURBATIONS, Perturb
+from runs.report import FORMATS
+from runs.store import Record, Store, StoreError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from runs import engine
+    from runs.leaderboard import Table
+
+T = TypeVar("T")
+
+CERTIFIERS = {
+    "auto": "the strongest that applies: exact or complete where there is one, else CROWN",
+    "ibp": "interval bound propagation: fast, loose on networks not trained for it",
+    "crown-ibp": "linear bounds of the output over intervals inside",
+    "crown": "linear bounds of every unit (CROWN)",
+}
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    p = argparse.ArgumentParser(
+        prog="python -m runs.compare",
+        description="Train, prune and certify networks side by side, and print the leaderboard. "
+        "Finished cells are kept under --results: the same command resumes after a kill and repeats nothing.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    what = p.add_argument_group("what to run")
+    what.add_argument("suite", nargs="?", default="arena", help="a suite, or 'report' for the records on disk")
+    what.add_argument(
+        "--preset", default="quick", help="how much of the suite: " + ", ".join(suites.preset_names("arena"))
+    )
+    what.add_argument("--methods", nargs="+", metavar="NAME", help="only these pruning methods")
+    what.add_argument("--models", nargs="+", metavar="NAME", help="these networks instead of the preset's")
+    what.add_argument("--datasets", nargs="+", metavar="NAME", help="these data sets instead of the preset's default")
+    what.add_argument("--perturbations", nargs="+", metavar="KIND:SIZE", help="for instance linf:0.1 brightness:2/255")
+    what.add_argument("--ratios", nargs="+", type=float, metavar="R", help="these fractions removed, in [0, 1)")
+    what.add_argument("--trainings", nargs="+", metavar="NAME", help="only these trainings, for instance natural ibp")
+    what.add_argument("--verifier", metavar="NAME", help="certifier: " + ", ".join(CERTIFIERS))
+    what.add_argument(
+        "--images", type=int, metavar="N", help="certify the first N test images instead of the preset's number"
+    )
+    what.add_argument("--seeds", nargs="+", type=int, metavar="S", help="these seeds instead of the preset's")
+    what.add_argument("--limit", type=int, metavar="N", help="run at most the first N cells of the plan")
+    how = p.add_argument_group("how to run it")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    how.add_argument("--data-dir", type=Path, metavar="DIR", help="where data sets lie; $CERTPRUNE_DATA if not given")
+    how.add_argument(
+        "--results", type=Path, default=Path("results"), metavar="DIR", help="where records and leaderboards go"
+    )
+    how.add_argument("--engine", choices=("serial",), default="serial", help="what runs the cells")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a cell; all available ones if not given")
+    how.add_argument("--force", action="store_true", help="redo cells that are on record")
+    how.add_argument("--dry-run", action="store_true", help="print the cells and the expected minutes, run nothing")
+    how.add_argument(
+        "--export", nargs="*", default=list(FORMATS), metavar="F", help="files to write: " + ", ".join(FORMATS)
+    )
+    how.add_argument("--traceback", action="store_true", help="print the full traceback of failed cells")
+    p.add_argument(
+        "--list", action="store_true", help="list suites, methods, models, data sets, perturbations, certifiers"
+    )
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 failed cells, 2 wrong usage, 130 interrupted."""
+    from rich.console import Console
+
+    args = parser().parse_args(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=_width())
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        if args.list:
+            show_list(console)
+            return OK
+        bad = [name for name in args.export if name not in FORMATS]
+        if bad:
+            raise ValueError(f"unknown export format {bad[0]!r}; known: {', '.join(FORMATS)}")
+        if args.suite == "report":
+            return report_command(args, console)
+        return run_command(args, console)
+    except (ValueError, ImportError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, style="red")
+        return USAGE
+    except StoreError as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, style="red")
+        return FAILED
+
+
+def _width() -> int:
+    """Columns of a table that goes to a file or a pipe: $COLUMNS, or enough for every column."""
+    try:
+        return max(80, int(os.environ["COLUMNS"]))
+    except (KeyError, ValueError):
+        return 200
+
+
+def show_list(console: Console) -> None:
+    """Print what can be chosen, one line each."""
+    from rich.table import Table as RichTable
+
+    from runs.packages import ours
+
+    sections = [
+        ("suites", suites.suites()),
+        *((f"presets of {name}", suites.preset_names(name)) for name in suites.suites()),
+    ]
+    sections += [(title, ours(package).describe()) for title, package in _NAMED_BY]
+    sections += [
+        ("perturbations (--perturbations KIND:SIZE)", dict(PERTURBATIONS)),
+        ("certifiers (--verifier)", CERTIFIERS),
+    ]
+    for title, entries in sections:
+        grid = RichTable.grid(padding=(0, 2))
+        grid.add_column(no_wrap=True)
+        grid.add_column()
+        for name, text in entries.items():
+            grid.add_row(f"  {name}", text)
+        console.print(title, style="bold", highlight=False)
+        console.print(grid, highlight=False, markup=False)
+
+
+_NAMED_BY = (("methods", "methods"), ("models", "models"), ("data sets", "datasets"))
+
+
+def selection(args: argparse.Namespace) -> suites.Selection:
+    """What the arguments ask for, with unknown names refused.
+
+    Raises:
+        ValueError: an unknown name (with close matches) or a number out of range.
+    """
+    from runs.packages import ours
+    from runs.suites.plan import check
+
+    for name in args.methods or ():
+        check("method", name, ours("methods").names())
+    for name in args.models or ():
+        check("model", name, ours("models").names())
+    for name in args.datasets or ():
+        check("data set", name.split(":")[0], ours("datasets").names())
+    if args.verifier is not None:
+        check("certifier", args.verifier, CERTIFIERS)
+    for option in ("limit", "images", "threads"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} must be at least 1, got {value}")
+    for seed in args.seeds or ():
+        if seed < 0:
+            raise ValueError(f"--seeds must be at least 0, got {seed}")
+    return suites.Selection(
+        methods=_tuple(args.methods),
+        models=_tuple(args.models),
+        datasets=_tuple(args.datasets),
+        perturbations=tuple(map(Perturb.parse, args.perturbations)) if args.perturbations else None,
+        seeds=_tuple(args.seeds),
+        ratios=_tuple(args.ratios),
+        trainings=_tuple(args.trainings),
+        images=args.images,
+        verifier=args.verifier,
+        limit=args.limit,
+    )
+
+
+def _tuple(values: Sequence[T] | None) -> tuple[T, ...] | None:
+    return tuple(dict.fromkeys(values)) if values else None
+
+
+def run_command(args: argparse.Namespace, console: Console) -> int:
+    """Plan, run, and print the leaderboard of a suite."""
+    from runs import engine, progress
+
+    plan = suites.plan(args.suite, args.preset, selection(args))
+    store = Store(args.results)
+    on_record = [cell for cell in plan.cells if (r := store.record(cell)) is not None and r["status"] == "done"]
+    done = [] if args.force else on_record
+    console.print(
+        f"{args.suite}, preset {args.preset}: {len(plan.cells)} cells, {len(done)} on record; "
+        f"expected {_minutes(plan.seconds(done))} on {plan.preset.hardware}. Expect: {plan.preset.expectation}.",
+        highlight=False,
+    )
+    if args.dry_run:
+        show_plan(plan, set(done), console)
+        return OK
+    interrupted = False
+    with progress.show(len(plan.cells), console) as shown:
+        try:
+            work = _work(args, store)
+            engine.SerialEngine().run(plan.cells, work, store, shown, force=args.force)
+        except KeyboardInterrupt:
+            interrupted = True
+    records = [record for cell in plan.cells if (record := store.record(cell)) is not None]
+    status = show_records(records, args, console)
+    if interrupted:
+        left = len(plan.cells) - len(records)
+        console.print(f"Interrupted with {left} cells to go. The same command resumes where this one stopped.")
+        return INTERRUPTED
+    return status
+
+
+def _work(args: argparse.Namespace, store: Store) -> engine.Work:
+    from runs.execute import Execute
+
+    return Execute.on(args.device, threads=args.threads, data_dir=args.data_dir, store=store)
+
+
+def _minutes(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_plan(plan: suites.Plan, done: set[object], console: Console) -> None:
+    """Print every cell with its key, its expected seconds, and whether it is on record."""
+    from rich.table import Table as RichTable
+
+    grid = RichTable(title="cells", title_justify="left")
+    for heading in ("key", "cell", "perturbations", "expected", "state"):
+        grid.add_column(
+            heading, no_wrap=heading != "perturbations", justify="right" if heading == "expected" else "left"
+        )
+    for cell, cost in zip(plan.cells, plan.costs):
+        labels = ", ".join(p.label for p in cell.perturbations)
+        grid.add_row(cell.key, cell.label, labels, f"{cost:.1f} s", "on record" if cell in done else "to run")
+    console.print(grid)
+
+
+def report_command(args: argparse.Namespace, console: Console) -> int:
+    """Print the leaderboard of everything under --results.
+
+    Raises:
+        ValueError: there is no record.
+    """
+    scan = Store(args.results).scan()
+    for problem in scan.problems:
+        console.print(problem, style="red", markup=False, highlight=False)
+    if not scan.records:
+        raise ValueError(
+            f"no records under {args.results.resolve()}; run python -m runs.compare first, or give --results DIR"
+        )
+    status = show_records(scan.records, args, console)
+    return FAILED if scan.problems else status
+
+
+def show_records(records: Sequence[Record], args: argparse.Namespace, console: Console) -> int:
+    """Print and export the leaderboard; 1 when a cell failed."""
+    from runs import engine, leaderboard, report
+
+    tables: list[Table] = leaderboard.build(records)
+    report.print_terminal(tables, console)
+    if records and args.export:
+        for path in report.export(tables, records, args.results, args.export):
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    failures = engine.failed(records)
+    for record in failures:
+        error = record["error"]
+        console.print(
+            f"failed cell {args.results / record['key']}: {error['type']}: {error['message']}",
+            style="red", markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        if args.traceback:
+            console.print(error["traceback"], markup=False, highlight=False, soft_wrap=True)
+    if failures:
+        console.print("The full tracebacks are in record.json (or --traceback). The same command tries them again.")
+    return FAILED if failures else OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""One cell end to end: load the data, make the network, train and prune it, certify it, and write down what came out.
+
+Weights are selected on validation images only; the test images are touched by certification alone. Whatever is finished
+when the process dies (training epochs, the trained network, verdicts of a batch) is taken up by the next run, and the
+numbers are those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import statistics as stdlib_statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import certify
+import methods
+import models
+from methods import masks
+from methods.training.config import TrainingConfig
+from methods.training.ibp import IBP
+from methods.training.natural import Natural
+from methods.training.objective import Objective
+from runs import measure
+from runs.cell import SCHEMA, Cell, Data, Perturb, Training
+from runs.packages import ours
+from runs.progress import Progress
+from runs.store import DONE, Record, Slot, Store, file_sha256
+
+BATCH = 20
+"""Images whose verdicts are written together."""
+
+
+@dataclass(frozen=True)
+class Packs:
+    """The three splits of a data set, the test split cut to the images that are certified."""
+
+    train: Any
+    val: Any
+    test: Any
+
+
+@dataclass
+class Library:
+    """Data sets that this process has loaded; consecutive cells share them."""
+
+    root: Path | None
+    loaded: dict[tuple[Data, int], Packs] = field(default_factory=dict)
+
+    def get(self, data: Data, images: int, progress: Progress) -> Packs:
+        """Load a data set, or return it if this process has it.
+
+        Raises:
+            FileNotFoundError: the files are not there; the message says where they were looked for and how to get them.
+            ValueError: damaged files, or settings that the set does not take.
+        """
+        key = (data, images)
+        if key not in self.loaded:
+            load = ours("datasets").load
+            options: dict[str, Any] = dict(data.settings)
+
+            def tell(done: int, total: int) -> None:
+                progress.step(f"preparing {data.name}", done, total)
+
+            def split(name: str, limit: int | None) -> Any:
+                return load(data.name, self.root, name, limit=limit, progress=tell, **options)
+
+            self.loaded.clear()  # one data set at a time in memory
+            self.loaded[key] = Packs(split("train", data.limit), split("val", data.val_limit), split("test", images))
+        return self.loaded[key]
+
+
+@dataclass(frozen=True)
+class Execute:
+    """Runs cells on one device. ``store`` is where networks trained by other cells may be found."""
+
+    device: torch.device
+    library: Library
+    store: Store
+
+    @classmethod
+    def on(cls, device: str, *, threads: int | None, data_dir: Path | None, store: Store) -> Execute:
+        """Resolve the device ("auto": CUDA where there is one) and set this process's thread count.
+
+        Raises:
+            ValueError: the device is unknown or not there.
+        """
+        torch.set_num_threads(threads or measure.available_cores())
+        return cls(resolve_device(device), Library(data_dir), store)
+
+    def __call__(self, cell: Cell, slot: Slot, progress: Progress) -> Record:
+        started = time.perf_counter()
+        packs = self.library.get(cell.data, cell.verifier.images, progress)
+        fingerprints = {name: getattr(packs, name).fingerprint for name in ("train", "val", "test")}
+        trained = self._trained(cell, slot, packs, fingerprints, progress)
+        model = models.load(slot.model_path, device=self.device)
+        mask = masks.load(slot.mask_path, model)
+        x, y = packs.test.tensors(device=self.device)
+        results = [
+            certify_one(cell, perturbation, model, x, y, packs.test.task, slot, position, progress)
+            for position, perturbation in enumerate(cell.perturbations)
+        ]
+        return {
+            "schema": SCHEMA,
+            "key": cell.key,
+            "training_key": cell.training_key,
+            "status": DONE,
+            "cell": cell.to_dict(),
+            "data": {
+                "task": packs.test.task,
+                "name": packs.test.name,
+                "fingerprints": fingerprints,
+                "images": {"train": len(packs.train), "val": len(packs.val), "test": len(packs.test)},
+                "split_rule": packs.test.meta.get("split_rule"),
+            },
+            "network": model.recipe.to_dict(),
+            "training": trained["training"],
+            "size": measure.sizes(model, mask, x[:1]),
+            "mask": {"structured": mask.structured, "density": mask.density, "layers": mask.layer_density},
+            "results": results,
+            "environment": measure.environment(self.device),
+            "timing": {"seconds": time.perf_counter() - started},
+        }
+
+    def _trained(
+        self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
+    ) -> dict[str, Any]:
+        """Train unless this folder, or another cell's, holds exactly this network; returns the line that says so."""
+        found = slot.trained()
+        if found is not None and found["fingerprints"] == fingerprints:
+            return found
+        slot.clear_examples()
+        twin = self.store.same_training(cell)
+        if twin is not None and (line := twin.trained()) is not None and line["fingerprints"] == fingerprints:
+            for name in (*line["files"], "history.jsonl"):
+                shutil.copyfile(twin.path / name, slot.path / name)
+            if (copied := slot.trained()) is not None:
+                return copied
+        return self._train(cell, slot, packs, fingerprints, progress)
+
+    def _train(
+        self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
+    ) -> dict[str, Any]:
+        config = build_config(cell)
+        method_class, _ = methods.get(cell.pruning.method)
+        network = models.create(
+            cell.network.name,
+            num_outputs=packs.train.num_outputs,
+            in_channels=packs.train.in_channels,
+            image_size=packs.train.image_size,
+            width=cell.network.width,
+            head=head(cell, packs.train.task),
+            mean=packs.train.mean,
+            std=packs.train.std,
+            seed=cell.seed,
+        ).to(self.device)
+        total = total_epochs(config)
+        epochs_done = 0
+
+        def tell(model: nn.Module, record: object) -> None:
+            nonlocal epochs_done
+            epochs_done += 1
+            progress.step("training", epochs_done, total)
+
+        augment = packs.train.augmentation if cell.data.augment else None
+        batches = packs.train.batches(cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment)
+        val = packs.val.batches(256, device=self.device, shuffle=False)
+        folder = slot.path / "training"
+        progress.step("training", 0, total)
+        with measure.Peak(self.device) as peak:
+            outcome = method_class(config).fit(
+                network,
+                batches,
+                val=val,
+                seed=cell.seed,
+                device=self.device,
+                checkpoint=folder,
+                callbacks=(tell,),
+            )
+        models.save(outcome.model, slot.model_path)
+        masks.save(outcome.mask, slot.mask_path)
+        selected = outcome.history.selected()
+        names = (slot.model_path.name, slot.model_path.with_suffix(".json").name, slot.mask_path.name)
+        line = {
+            "event": "trained",
+            "files": {name: file_sha256(slot.path / name) for name in names},
+            "fingerprints": fingerprints,
+            "training": {
+                "epochs": outcome.history.epochs,
+                "phases": list(outcome.history.phases),
+                "validation": dict(selected.validation) if selected else {},
+                "timing": {"seconds": outcome.history.seconds, "peak_mb": peak.mb},
+            },
+        }
+        slot.write_history([*outcome.history.to_dicts(), line])
+        shutil.rmtree(folder, ignore_errors=True)
+        return line
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` or a torch device name, checked to be there.
+
+    Raises:
+        ValueError: not a device name, or no such device in this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use cpu")
+    return device
+
+
+def head(cell: Cell, task: str) -> str | None:
+    """The head of the network: as the cell says, else linear pixel coordinates for keypoints."""
+    return cell.network.head or ("keypoints" if task == "keypoints" else None)
+
+
+OBJECTIVES: dict[str, type[Any]] = {"natural": Natural, "ibp": IBP}
+
+
+def build_objective(training: Training, own: dict[str, Any]) -> Objective:
+    """The training objective by name.
+
+    Raises:
+        ValueError: unknown name, or a radius missing or given where there is none.
+    """
+    from runs.suites.plan import check
+
+    check("training", training.objective, OBJECTIVES)
+    kind = OBJECTIVES[training.objective]
+    takes_eps = "eps" in {item.name for item in dataclasses.fields(kind)}
+    if takes_eps != (training.eps is not None):
+        need = "needs a radius (eps)" if takes_eps else "takes no radius (eps)"
+        raise ValueError(f"training {training.objective!r} {need}, got eps={training.eps}")
+    objective: Objective = kind(**own, **({"eps": training.eps} if takes_eps else {}))
+    return objective
+
+
+def build_config(cell: Cell) -> Any:
+    """The method's configuration. Settings of the training go to its fields, or to those of its objective.
+
+    Raises:
+        ValueError: a setting that neither has.
+    """
+    _, config_class = methods.get(cell.pruning.method)
+    training_fields = {item.name for item in dataclasses.fields(TrainingConfig)} - {"objective"}
+    given: dict[str, Any] = dict(cell.training.settings)
+    objective = build_objective(cell.training, {k: v for k, v in given.items() if k not in training_fields})
+    training = TrainingConfig(objective=objective, **{k: v for k, v in given.items() if k in training_fields})
+    fields = {item.name for item in dataclasses.fields(config_class)}
+    own: dict[str, Any] = dict(cell.pruning.settings)
+    if unknown := sorted(set(own) - fields):
+        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+    if isinstance(layers := own.get("layers"), str):
+        own["layers"] = tuple(layers.split("+"))
+    return config_class(ratio=cell.pruning.ratio, epochs=cell.training.epochs, training=training, **own)
+
+
+def total_epochs(config: Any) -> int:
+    """Epochs that a configuration pays for in all."""
+    total = getattr(config, "total_epochs", None)
+    return int(total) if total is not None else int(config.epochs + config.finetune_epochs)
+
+
+def certify_one(
+    cell: Cell,
+    perturbation: Perturb,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    task: str,
+    slot: Slot,
+    position: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Verdicts on all test images ``x`` (N, C, H, W) under one perturbation, batch by batch, and their summary."""
+    label = perturbation.label
+    rows = slot.examples()
+    own = [row for row in rows if row["perturbation"] == label]
+    whole = len(own) if len(own) == len(x) else len(own) - len(own) % BATCH
+    if whole != len(own):  # a batch that was torn apart is done again as a whole, with the same numbers
+        slot.keep_examples(len(rows) - (len(own) - whole))
+        own = own[:whole]
+    for start in range(whole, len(x), BATCH):
+        progress.step(f"certifying {label}", position * len(x) + start, len(cell.perturbations) * len(x))
+        batch = slice(start, start + BATCH)
+        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], task, start)
+        slot.append_examples(fresh)
+        own += fresh
+    return summarise(perturbation, own, task)
+
+
+def verdicts(
+    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, task: str, start: int
+) -> list[dict[str, Any]]:
+    """One row per image: clean result, verdict, certified margin, unstable ReLUs, seconds, peak memory."""
+    p = measure.perturbation(perturbation.kind, perturbation.magnitude)
+    verifier = cell.verifier
+    with torch.no_grad():
+        outputs = model(x)
+    spec: certify.Spec
+    if task == "keypoints":
+        clean = (outputs - y).reshape(len(x), -1, 2).norm(dim=2).mean(1)
+        spec = certify.Deviation(delta=verifier.delta)
+    else:
+        clean = (outputs.argmax(1) == y).float()
+        spec = certify.Classification(y)
+    budget = certify.Budget() if verifier.seconds is None else certify.Budget(seconds=verifier.seconds)
+    with measure.Peak(x.device) as peak:
+        found = certify.verify(model, x, spec, p, method=verifier.method, budget=budget, seed=start)
+    unstable = measure.unstable_relus(model, x, p)
+    columns = zip(
+        clean.tolist(), found.status.tolist(), found.lower.tolist(), found.seconds.tolist(), unstable.tolist()
+    )
+    return [
+        {
+            "perturbation": perturbation.label,
+            "index": start + i,
+            "clean": value,
+            "status": certify.Status(status).name.lower(),
+            "lower": lower if math.isfinite(lower) else None,
+            "unstable": count,
+            "soundness": found.soundness,
+            "method": found.method,
+            "seconds": seconds,
+            "peak_mb": peak.mb,
+        }
+        for i, (value, status, lower, seconds, count) in enumerate(columns)
+    ]
+
+
+def summarise(perturbation: Perturb, rows: Sequence[dict[str, Any]], task: str) -> dict[str, Any]:
+    """Counts and means over the verdicts of one perturbation.
+
+    "Verified" is correct and HOLDS for classification, HOLDS for keypoints; "attacked" counts the images (correct ones,
+    for classification) for which no counterexample was found.
+    """
+    right = [task == "keypoints" or row["clean"] == 1.0 for row in rows]
+    bits = "".join("1" if ok and row["status"] == "holds" else "0" for ok, row in zip(right, rows))
+    peaks = [row["peak_mb"] for row in rows if row["peak_mb"] is not None]
+    return {
+        "label": perturbation.label,
+        "kind": perturbation.kind,
+        "magnitude": perturbation.magnitude,
+        "images": len(rows),
+        "clean": stdlib_statistics.fmean(row["clean"] for row in rows),
+        "attacked": sum(ok and row["status"] != "violated" for ok, row in zip(right, rows)),
+        "verified": bits.count("1"),
+        "verified_bits": bits,
+        **{name: sum(row["status"] == name for row in rows) for name in ("holds", "violated", "unknown", "timeout")},
+        "unstable": stdlib_statistics.fmean(row["unstable"] for row in rows),
+        "soundness": ", ".join(sorted({row["soundness"] for row in rows})),
+        "method": ", ".join(sorted({row["method"] for row in rows})),
+        "timing": {
+            "seconds_mean": stdlib_statistics.fmean(row["seconds"] for row in rows),
+            "seconds_median": stdlib_statistics.median(row["seconds"] for row in rows),
+            "peak_mb": max(peaks, default=None),
+        },
+    }

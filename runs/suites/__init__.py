@@ -1,0 +1,7 @@
+"""Suites: named sets of cells, written as Python."""
+
+from __future__ import annotations
+
+from runs.suites.plan import Plan, Selection, plan, preset_names, suites
+
+__all__ = ["Plan", "Selection", "plan", "preset_names", "suites"]

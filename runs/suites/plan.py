@@ -1,0 +1,146 @@
+"""From what the command line selects to a list of cells."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from runs.cell import Cell, Network, Perturb
+from runs.suites.preset import Block, Preset
+
+_SUITES: Mapping[str, str] = {
+    "arena": "every pruning method on the same networks, data and budgets, certified in the same way",
+}
+
+
+def suites() -> dict[str, str]:
+    """Names of the suites with one line each."""
+    return dict(_SUITES)
+
+
+def _presets(suite: str) -> Mapping[str, Callable[[], Preset]]:
+    check("suite", suite, _SUITES)
+    presets: Mapping[str, Callable[[], Preset]] = importlib.import_module(f"runs.suites.{suite}").PRESETS
+    return presets
+
+
+def preset_names(suite: str) -> dict[str, str]:
+    """Names of a suite's presets with the first line of their documentation."""
+    return {name: (function.__doc__ or "").strip().splitlines()[0] for name, function in _presets(suite).items()}
+
+
+def check(kind: str, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError with close matches when ``name`` is unknown."""
+    names = list(known)
+    if name in names:
+        return
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(close)}?" if close else ""
+    raise ValueError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names)}.")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the command line asks for on top of a preset; None keeps the preset's choice."""
+
+    methods: tuple[str, ...] | None = None
+    models: tuple[str, ...] | None = None
+    datasets: tuple[str, ...] | None = None
+    perturbations: tuple[Perturb, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    ratios: tuple[float, ...] | None = None
+    trainings: tuple[str, ...] | None = None
+    images: int | None = None
+    verifier: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells with their expected seconds, in the order in which they run."""
+
+    suite: str
+    preset: Preset
+    cells: tuple[Cell, ...]
+    costs: tuple[float, ...]
+    prepare_seconds: float
+
+    def seconds(self, done: Iterable[Cell] = ()) -> float:
+        """Expected seconds of the cells that are not ``done``."""
+        skip = set(done)
+        left = sum(cost for cell, cost in zip(self.cells, self.costs) if cell not in skip)
+        return left + self.prepare_seconds if left else 0.0
+
+
+def plan(suite: str, preset: str, selection: Selection) -> Plan:
+    """The cells of a suite's preset, narrowed or widened by a selection.
+
+    Raises:
+        ValueError: an unknown name, or a selection that leaves nothing to run.
+    """
+    presets = _presets(suite)
+    check("preset", preset, presets)
+    chosen = presets[preset]()
+    available = {block.data.name: None for block in chosen.blocks}
+    names = selection.datasets or chosen.default
+    for name in names:
+        check(f"data set of preset {preset}", name, available)
+    blocks = [_narrow(block, selection) for name in names for block in chosen.blocks if block.data.name == name]
+    pairs = list(dict.fromkeys(pair for block in blocks for pair in block.cells()))
+    if not pairs:
+        raise ValueError("this selection leaves no cell to run: " + _what(selection))
+    pairs = pairs[: selection.limit]
+    return Plan(
+        suite,
+        chosen,
+        tuple(cell for cell, _ in pairs),
+        tuple(cost for _, cost in pairs),
+        sum(block.prepare_seconds for block in blocks),
+    )
+
+
+def _what(selection: Selection) -> str:
+    given = [f"{name}={value!r}" for name, value in vars(selection).items() if value is not None]
+    return ", ".join(given) or "nothing selected"
+
+
+def _narrow(block: Block, selection: Selection) -> Block:
+    if selection.methods is not None:
+        for name in selection.methods:
+            check(f"method on {block.data.name}", name, dict.fromkeys(rule.method for rule in block.rules))
+        block = replace(block, rules=tuple(rule for rule in block.rules if rule.method in selection.methods))
+    if selection.ratios is not None:
+        block = replace(
+            block,
+            rules=tuple(
+                rule if rule.ratios == (0.0,) else replace(rule, ratios=selection.ratios) for rule in block.rules
+            ),
+        )
+    if selection.trainings is not None:
+        for name in selection.trainings:
+            check(f"training on {block.data.name}", name, dict.fromkeys(s.training.objective for s in block.schedules))
+        block = replace(
+            block, schedules=tuple(s for s in block.schedules if s.training.objective in selection.trainings)
+        )
+    if selection.models is not None:
+        block = replace(block, networks=tuple(_network(block.networks, name) for name in selection.models))
+    if selection.perturbations is not None:
+        block = replace(block, perturbations=selection.perturbations)
+    if selection.seeds is not None:
+        block = replace(block, seeds=selection.seeds)
+    if selection.images is not None or selection.verifier is not None:
+        verifier = replace(
+            block.verifier,
+            images=selection.images or block.verifier.images,
+            method=selection.verifier or block.verifier.method,
+        )
+        block = replace(block, verifier=verifier)
+    return block
+
+
+def _network(networks: Sequence[Network], name: str) -> Network:
+    """The block's own entry for this name, else this name with the width and head of the block's last network."""
+    own = [network for network in networks if network.name == name]
+    return own[0] if own else replace(networks[-1], name=name, settings=())

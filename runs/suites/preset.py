@@ -1,0 +1,83 @@
+"""What a preset is: blocks of cells with a stated cost and a stated expectation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runs.cell import Cell, Data, Network, Perturb, Pruning, Settings, Training, Verifier
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One kind of training in a block, with its measured cost per epoch on two cores (seconds)."""
+
+    training: Training
+    epoch_seconds: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One pruning method in a block and the ratios at which it runs; ``settings`` are fields of its configuration.
+
+    ``networks`` is how many times a full training is paid for (iterative methods train several).
+    """
+
+    method: str
+    ratios: tuple[float, ...] = (0.0,)
+    settings: Settings = ()
+    networks: float = 1.0
+
+
+@dataclass(frozen=True)
+class Block:
+    """Every combination of rules, schedules, networks and seeds on one data set.
+
+    ``certify_seconds`` is what certification, attack and measuring cost per cell on two cores.
+    """
+
+    data: Data
+    networks: tuple[Network, ...]
+    rules: tuple[Rule, ...]
+    schedules: tuple[Schedule, ...]
+    perturbations: tuple[Perturb, ...]
+    verifier: Verifier
+    seeds: tuple[int, ...]
+    certify_seconds: float
+    prepare_seconds: float = 0.0
+
+    def cells(self) -> list[tuple[Cell, float]]:
+        """The cells with their expected seconds, dense first, seeds innermost."""
+        found = []
+        for network in self.networks:
+            for schedule in self.schedules:
+                for rule in self.rules:
+                    for ratio in rule.ratios:
+                        pruning = Pruning(rule.method, ratio, rule.settings)
+                        cost = schedule.epoch_seconds * schedule.training.epochs * rule.networks + self.certify_seconds
+                        found += [
+                            (
+                                Cell(
+                                    pruning,
+                                    schedule.training,
+                                    network,
+                                    self.data,
+                                    self.perturbations,
+                                    self.verifier,
+                                    seed,
+                                ),
+                                cost,
+                            )
+                            for seed in self.seeds
+                        ]
+        return found
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named plan. ``default`` are the data sets that run when none is asked for; ``blocks`` may hold more."""
+
+    name: str
+    hardware: str
+    expectation: str
+    blocks: tuple[Block, ...]
+    default: tuple[str, ...]

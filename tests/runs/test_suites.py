@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import pytest
+
+from runs.cell import Perturb
+from runs.suites import Selection, plan, preset_names, suites
+
+
+def test_every_preset_says_what_it_costs_and_gives() -> None:
+    for suite in suites():
+        for name, line in preset_names(suite).items():
+            assert len(line) > 40, name
+            made = plan(suite, name, Selection())
+            assert made.preset.expectation
+            assert made.preset.hardware
+            assert len(made.cells) == len(made.costs) > 0
+            assert all(cost > 0 for cost in made.costs)
+            assert len({cell.key for cell in made.cells}) == len(made.cells)
+
+
+def test_smoke_and_quick_keep_their_promise() -> None:
+    assert plan("arena", "smoke", Selection()).seconds() <= 60
+    quick = plan("arena", "quick", Selection())
+    assert quick.seconds() <= 8 * 60
+    assert {cell.data.name for cell in quick.cells} == {"digits", "aircraft"}
+    assert {cell.pruning.method for cell in quick.cells} == {"dense", "random", "magnitude", "imp"}
+    assert {cell.seed for cell in quick.cells} == {0, 1, 2}
+
+
+def test_quick_has_real_images_when_asked() -> None:
+    made = plan("arena", "quick", Selection(datasets=("fashion_mnist",)))
+    assert {cell.pruning.method for cell in made.cells} == {"dense", "random", "magnitude", "imp"}
+    assert {cell.training.objective for cell in made.cells} == {"natural", "ibp"}
+    assert len({cell.pruning.ratio for cell in made.cells}) >= 3
+    assert all(cell.verifier.images == 200 for cell in made.cells)
+    labels = {p.label for cell in made.cells for p in cell.perturbations}
+    assert {"linf 0.1", "linf 2/255"} < labels
+    assert {p.split()[0] for p in labels} == {"linf", "brightness", "contrast"}
+
+
+def test_selection_narrows_and_replaces() -> None:
+    chosen = Selection(
+        methods=("dense", "imp"),
+        ratios=(0.9,),
+        seeds=(7,),
+        trainings=("natural",),
+        perturbations=(Perturb("linf", 0.2),),
+        images=3,
+        verifier="ibp",
+        models=("mlp",),
+    )
+    made = plan("arena", "smoke", chosen)
+    assert [(cell.pruning.method, cell.pruning.ratio, cell.seed) for cell in made.cells] == [("dense", 0, 7), ("imp", 0.9, 7)]
+    assert all(cell.verifier.images == 3 and cell.verifier.method == "ibp" for cell in made.cells)
+    assert all(cell.perturbations == (Perturb("linf", 0.2),) for cell in made.cells)
+
+
+def test_limit_takes_the_first_cells() -> None:
+    whole = plan("arena", "smoke", Selection())
+    assert plan("arena", "smoke", Selection(limit=3)).cells == whole.cells[:3]
+
+
+def test_cost_leaves_out_what_is_on_record() -> None:
+    made = plan("arena", "smoke", Selection())
+    assert made.seconds(made.cells) == 0
+    assert made.seconds(made.cells[1:]) == pytest.approx(made.costs[0] + made.prepare_seconds)
+
+
+@pytest.mark.parametrize(
+    ("suite", "preset", "selection", "message"),
+    [
+        ("arean", "smoke", Selection(), r"unknown suite 'arean'\. Did you mean arena\?"),
+        ("arena", "smok", Selection(), r"unknown preset 'smok'\. Did you mean smoke\?"),
+        ("arena", "smoke", Selection(methods=("inp",)), r"unknown method on digits 'inp'\. Did you mean imp\?"),
+        ("arena", "smoke", Selection(datasets=("digit",)), r"unknown data set of preset smoke 'digit'.*digits"),
+        ("arena", "smoke", Selection(trainings=("naturl",)), r"unknown training on digits 'naturl'.*natural"),
+    ],
+)
+def test_unknown_names_get_close_matches(suite: str, preset: str, selection: Selection, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(suite, preset, selection)
