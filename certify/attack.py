@@ -1,6 +1,6 @@
 """Attacks: perturbed images that break a property, and the smallest margin that search can find.
 
-Everything runs in one search space a perturbation (`_Space`): the pixels themselves for boxes and balls, the parameters
+Everything runs in one `Space` a perturbation: the pixels themselves for boxes and balls, the parameters
 ``t`` for affine families. What comes back is always replayed: `Attack.success` is a statement about a fresh forward
 pass on exactly the returned images, which lie in the perturbation set to the last bit (box ends are rounded inwards
 from float64, L2 offsets towards the image).
@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from certify.perturbations import L2, AffineFamily, Box, Linf, Perturbation
-from certify.specs import Linear, Spec, margin
+from certify.perturbations import AffineFamily, Perturbation
+from certify.space import Space
+from certify.specs import Linear, Spec, margin, select
 
 Objective = str | Callable[[Tensor, Tensor], Tensor]
 
@@ -82,7 +83,7 @@ def attack(
             _pgd(problem, best, (20, 50, 100)[level], (1, 4, 16)[level], 0.25, seed, multi=True)
         else:
             _sample(problem, best, (100, 1000, 10000)[level], seed)
-        return _replay(problem, best, spec)
+        return _replay(problem, best)
 
 
 def fgsm(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation) -> Attack:
@@ -123,7 +124,7 @@ def pgd(
             raise TypeError(f"PGD needs Linf, L2, Box or an affine family, not {type(p).__name__}; use probe or attack")
         best = _Best.at(problem)
         _pgd(problem, best, steps, restarts, step_size, seed, multi=multi_target)
-        return _replay(problem, best, spec)
+        return _replay(problem, best)
 
 
 def grid(
@@ -138,7 +139,7 @@ def grid(
         problem = _Problem.of(model, x, spec, p)
         best = _Best.at(problem)
         _grid(problem, best, points, zooms, keep)
-        return _replay(problem, best, spec)
+        return _replay(problem, best)
 
 
 @torch.no_grad()
@@ -192,7 +193,7 @@ def adversarial(
     if steps < 1:
         raise ValueError(f"need steps >= 1, got {steps}")
     loss = _objective(objective)
-    space = _Space.of(x, p, exact=False)
+    space = Space.of(x, p, exact=False)
     if not space.bounded:
         raise TypeError(f"adversarial examples need Linf, L2, Box or an affine family, not {type(p).__name__}")
     size = step_size if step_size is not None else (1.25 if steps == 1 else 2.5 / steps)
@@ -239,99 +240,11 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Space:
-    """Where a search moves: points z between `lo` and `hi`, inside a ball for L2, and the image of each point."""
-
-    p: Perturbation
-    x: Tensor
-    lo: Tensor
-    hi: Tensor
-    radius: Tensor | None = None  # of the L2 ball, (N, 1, ...)
-    bounded: bool = True
-
-    @classmethod
-    def of(cls, x: Tensor, p: Perturbation, exact: bool) -> _Space:
-        """`exact`: take the ends in float64 and round them inwards, so that every point is truly a member."""
-        wide = x.double() if exact else x
-        radius = None
-        if isinstance(p, AffineFamily):
-            lo, hi = p.limits(wide)
-        else:
-            lo, hi = p.hull(wide)
-        if isinstance(p, L2):
-            radius = torch.as_tensor(p.eps, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-            radius = radius.expand(len(x), *[1] * (x.ndim - 1))
-        if exact:
-            lo, hi = _inwards(lo, hi, x.dtype)
-        return cls(p, x, lo, hi, radius, isinstance(p, Linf | L2 | Box | AffineFamily))
-
-    def at(self, index: Tensor) -> _Space:
-        radius = None if self.radius is None else self.radius[index]
-        return dataclasses.replace(self, x=self.x[index], lo=self.lo[index], hi=self.hi[index], radius=radius)
-
-    @property
-    def affine(self) -> bool:
-        return isinstance(self.p, AffineFamily)
-
-    def image(self, z: Tensor) -> Tensor:
-        return self.p.apply(self.x, z) if self.affine else z
-
-    def start(self) -> Tensor:
-        """The point of the unperturbed image, or the nearest one in the set."""
-        return torch.maximum(torch.minimum(torch.zeros_like(self.lo) if self.affine else self.x, self.hi), self.lo)
-
-    def random(self, generator: torch.Generator | None) -> Tensor:
-        device = self.lo.device if generator is None else generator.device
-        u = torch.rand(self.lo.shape, dtype=self.lo.dtype, device=device, generator=generator).to(self.lo.device)
-        return self.project(torch.lerp(self.lo, self.hi, u))
-
-    def project(self, z: Tensor) -> Tensor:
-        z = torch.maximum(torch.minimum(z, self.hi), self.lo)
-        if self.radius is None:
-            return z
-        offset = z - self.x
-        norm = offset.flatten(1).norm(dim=1).reshape(self.radius.shape)
-        return self.x + offset * (self.radius / norm.clamp_min(1e-30)).clamp(max=1)
-
-    def move(self, z: Tensor, gradient: Tensor, size: float) -> Tensor:
-        """A step against `gradient`: signed for boxes, normalised for balls; `size` counts radii."""
-        if self.radius is None:
-            return self.project(z - gradient.sign() * (self.hi - self.lo) * (size / 2))
-        norm = gradient.flatten(1).norm(dim=1).reshape(self.radius.shape)
-        return self.project(z - gradient / norm.clamp_min(1e-30) * self.radius * size)
-
-    def settle(self, z: Tensor) -> Tensor:
-        """The member of the set nearest to `z` in the arithmetic of `x`: for balls, the offset rounded towards x."""
-        if self.radius is None:
-            return self.project(z)
-        centre = self.x.double()
-        offset = torch.maximum(torch.minimum(z, self.hi), self.lo).double() - centre
-        eps = torch.as_tensor(getattr(self.p, "eps"), dtype=torch.float64, device=z.device)  # noqa: B009
-        eps = eps.reshape(-1, *[1] * (z.ndim - 1)).expand_as(self.radius)
-        norm = offset.flatten(1).norm(dim=1).reshape(self.radius.shape)
-        offset = torch.where(norm > eps, offset * (eps / norm.clamp_min(1e-300) * (1 - 1e-12)), offset)
-        rounded = (centre + offset).to(z.dtype)
-        past = (rounded.double() - centre).abs() > offset.abs()
-        return torch.where(past, torch.nextafter(rounded, self.x), rounded)
-
-
-def _inwards(lo: Tensor, hi: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ends in `dtype` that lie inside the float64 ends; where no such number exists, both round to the nearest."""
-    low, high = lo.to(dtype), hi.to(dtype)
-    up = torch.nextafter(low, torch.full_like(low, float("inf")))
-    down = torch.nextafter(high, torch.full_like(high, float("-inf")))
-    inner_low = torch.where(low.double() < lo, up, low)
-    inner_high = torch.where(high.double() > hi, down, high)
-    empty = inner_low > inner_high
-    return torch.where(empty, low, inner_low), torch.where(empty, high, inner_high)
-
-
-@dataclasses.dataclass(frozen=True)
 class _Problem:
     """A network, a space and the rows whose smallest value is to be made small."""
 
     model: nn.Module
-    space: _Space
+    space: Space
     spec: Spec
     reference: Tensor
     rows: Linear
@@ -343,4 +256,173 @@ class _Problem:
             reference = model(x)
         if bool(reference.isnan().any()):
             raise ValueError("the network's outputs on the unperturbed images hold NaN; check its weights and inputs")
-        return cls(model, _Space.of(x.detach(), p, exact=True), spec, reference, spec.rows(reference))
+        return cls(model, Space.of(x.detach(), p, exact=True), spec, reference, spec.rows(reference))
+
+    def at(self, index: Tensor) -> _Problem:
+        rows = Linear(self.rows.C[index], torch.as_tensor(self.rows.d)[index])
+        spec = select(self.spec, self.reference, index)
+        return _Problem(self.model, self.space.at(index), spec, self.reference[index], rows)
+
+    def __len__(self) -> int:
+        return len(self.reference)
+
+    def values(self, outputs: Tensor) -> Tensor:
+        """All rows at `outputs` (N, outputs): (N, rows)."""
+        return (self.rows.C @ outputs.unsqueeze(2)).squeeze(2) + torch.as_tensor(self.rows.d)
+
+    def margin(self, outputs: Tensor) -> Tensor:
+        return margin(self.spec, outputs, self.reference)
+
+
+@dataclasses.dataclass
+class _Best:
+    """The worst points so far: margins (N,), points (N, *z), the smallest value of every row (N, rows)."""
+
+    margin: Tensor
+    z: Tensor
+    rows: Tensor
+
+    @classmethod
+    def at(cls, problem: _Problem) -> _Best:
+        z = problem.space.start()
+        with torch.no_grad():
+            outputs = problem.model(problem.space.image(z))
+        return cls(problem.margin(outputs), z, problem.values(outputs))
+
+    def offer(self, index: Tensor, margins: Tensor, z: Tensor, rows: Tensor | None = None) -> None:
+        """Keep what is worse than before among candidates (R, n, ...) for the images `index` (n,)."""
+        lowest, which = margins.min(0)
+        better = lowest < self.margin[index]
+        picked = z[which, torch.arange(len(index), device=index.device)]
+        self.margin[index] = torch.where(better, lowest, self.margin[index])
+        self.z[index] = torch.where(better.reshape(-1, *[1] * (z.ndim - 2)), picked, self.z[index])
+        if rows is not None:
+            self.rows[index] = torch.minimum(self.rows[index], rows.amin(0))
+
+    def open(self) -> Tensor:
+        """Images not yet broken for certain: a margin within rounding of zero could vanish on another machine."""
+        slack = 1e-6 * (1 + self.rows.abs().amax(1))
+        return (self.margin > -slack).nonzero().squeeze(1)
+
+
+def _pgd(problem: _Problem, best: _Best, steps: int, restarts: int, step_size: float, seed: int, multi: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    done = 0
+    while done < restarts:
+        index = best.open()
+        if not len(index):
+            return
+        # The first start goes alone: it breaks most images that break at all, and ranks the rows for the others.
+        count = 1 if done == 0 else min(restarts - done, max(1, _rows_at_once(problem.space.x) // len(index)))
+        order = best.rows[index].argsort(1)
+        repeated = problem.at(index.repeat(count))
+        if done == 0:
+            z, target = repeated.space.start(), None
+        else:
+            z = repeated.space.random(generator)
+            turns = torch.arange(done - 1, done - 1 + count, device=index.device) % order.shape[1]
+            target = order[:, turns].T.reshape(-1) if multi else None
+        margins, z, rows = _descend(repeated, z, steps, step_size, target)
+        shape = (count, len(index))
+        best.offer(index, margins.unflatten(0, shape), z.unflatten(0, shape), rows.unflatten(0, shape))
+        done += count
+
+
+def _descend(
+    problem: _Problem, z: Tensor, steps: int, step_size: float, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient steps from `z` for all images of `problem`, in chunks: smallest margins, their points, rows' minima."""
+    parts = []
+    chunk = _rows_at_once(problem.space.x)
+    for start in range(0, len(problem), chunk):
+        index = torch.arange(start, min(start + chunk, len(problem)), device=z.device)
+        goal = None if target is None else target[index].unsqueeze(1)
+        parts.append(_descend_chunk(problem.at(index), z[index], steps, step_size, goal))
+    margins, points, rows = zip(*parts)
+    return torch.cat(margins), torch.cat(points), torch.cat(rows)
+
+
+def _descend_chunk(
+    problem: _Problem, z: Tensor, steps: int, step_size: float, goal: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    lowest = torch.full_like(problem.reference[:, 0], float("inf"))
+    least = torch.full_like(problem.rows.C[:, :, 0], float("inf"))
+    point = z
+    for step in range(steps + 1):
+        z = z.detach().requires_grad_(step < steps)
+        with torch.set_grad_enabled(step < steps):
+            outputs = problem.model(problem.space.image(z))
+            rows = problem.values(outputs)
+            # One row at a time: the gradient of amin would average over ties and cancel where y = reference.
+            loss = (rows.min(1).values if goal is None else rows.gather(1, goal)).sum()
+        with torch.no_grad():
+            margins = problem.margin(outputs)
+            point = torch.where((margins < lowest).reshape(-1, *[1] * (z.ndim - 1)), z, point).detach()
+            lowest, least = torch.minimum(margins, lowest), torch.minimum(rows, least)
+        if step < steps:
+            (gradient,) = torch.autograd.grad(loss, z)
+            z = problem.space.move(z.detach(), gradient, step_size * (1 - 0.9 * step / steps))
+    return lowest, point, least
+
+
+@torch.no_grad()
+def _grid(problem: _Problem, best: _Best, points: int, zooms: int, keep: int) -> None:
+    """A grid over the whole box of parameters, then `zooms` grids, each a few times finer, around the best cells."""
+    space = problem.space
+    k = space.lo.shape[1]
+    unit = torch.cartesian_prod(*[torch.linspace(0, 1, points, dtype=space.lo.dtype, device=space.lo.device)] * k)
+    unit = unit.reshape(-1, 1, k)
+    z = space.project(space.lo + (space.hi - space.lo) * unit)
+    everyone = torch.arange(len(problem), device=z.device)
+    margins = _evaluate(problem, z)
+    best.offer(everyone, margins, z)
+    fine = 9 if k == 1 else 5
+    local = torch.cartesian_prod(*[torch.linspace(-1, 1, fine, dtype=z.dtype, device=z.device)] * k).reshape(
+        -1, 1, 1, k
+    )
+    half = (space.hi - space.lo) / (points - 1)
+    count = min(keep, len(z))
+    centres = z.gather(0, margins.topk(count, dim=0, largest=False).indices.unsqueeze(2).expand(-1, -1, k))
+    for _ in range(zooms):
+        z = space.project(centres + half * local)  # (fine^k, count, N, k)
+        margins = _evaluate(problem, z.flatten(0, 1)).reshape(z.shape[:-1])
+        best.offer(everyone, margins.flatten(0, 1), z.flatten(0, 1))
+        chosen = margins.argmin(0, keepdim=True).unsqueeze(3).expand(-1, -1, -1, k)
+        centres = z.gather(0, chosen).squeeze(0)
+        half = half * 2 / (fine - 1)
+
+
+def _evaluate(problem: _Problem, z: Tensor) -> Tensor:
+    """Margins (R, N) of the points `z` (R, N, *z)."""
+    space = problem.space
+    chunk = max(1, _rows_at_once(space.x) // max(1, len(problem)))
+    parts = []
+    for some in z.split(chunk):
+        images = space.p.apply(space.x, some) if space.affine else some
+        outputs = problem.model(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        parts.append(problem.margin(outputs))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _sample(problem: _Problem, best: _Best, n: int, seed: int) -> None:
+    """Random members, for perturbations that offer nothing to descend in."""
+    space = problem.space
+    generator = torch.Generator().manual_seed(seed)
+    everyone = torch.arange(len(problem), device=space.x.device)
+    chunk = max(1, _rows_at_once(space.x) // max(1, len(problem)))
+    for start in range(0, n, chunk):
+        drawn = space.p.sample(space.x, min(chunk, n - start), generator)
+        best.offer(everyone, _evaluate(problem, drawn), drawn)
+
+
+@torch.no_grad()
+def _replay(problem: _Problem, best: _Best) -> Attack:
+    """The verdict of a fresh forward pass on the images exactly as returned."""
+    space = problem.space
+    z = space.settle(best.z) if space.bounded else best.z
+    inputs = space.image(z)
+    parts = [problem.model(part) for part in inputs.split(_rows_at_once(space.x))]
+    outputs = torch.cat(parts) if parts else problem.reference
+    margins = problem.margin(outputs)
+    return Attack(margins <= 0, inputs, margins, z if space.affine else None)

@@ -92,9 +92,13 @@ class Perturbation(abc.ABC):
 
 
 def _check_radius(eps: Radius, name: str = "eps") -> None:
-    smallest = float(eps.min()) if isinstance(eps, Tensor) else float(eps)
-    if not smallest >= 0 or smallest == float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {smallest}")
+    if isinstance(eps, Tensor):
+        ends = [float(v) for v in torch.aminmax(eps.detach())] if eps.numel() else []
+    else:
+        ends = [float(eps)]
+    for value in ends:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number >= 0, got {value}")
 
 
 def _spread(eps: Radius, like: Tensor) -> Tensor:
@@ -224,7 +228,10 @@ class AffineFamily(Perturbation):
         """The ends of the parameter box for images (N, ...), each (N, K)."""
 
     def apply(self, x: Tensor, t: Tensor) -> Tensor:
-        t = t.to(x).unsqueeze(-1) if self.parameters == 1 and (t.ndim == 0 or t.shape[-1:] != (1,)) else t.to(x)
+        t = t.to(x)
+        # (..., N) when K = 1; for a single image, (n, 1) is n parameters of that image, not an (N, K).
+        if self.parameters == 1 and not (t.ndim and t.shape[-1] == 1 and (t.ndim == 1 or t.shape[-2] == len(x))):
+            t = t.unsqueeze(-1)
         lead = t.shape[:-2]
         t = t.expand(*lead, len(x), self.parameters)
         move = (t.reshape(*t.shape, *[1] * (x.ndim - 1)) * self.directions(x)).sum(len(lead) + 1)
@@ -346,6 +353,8 @@ class BlurMix(AffineFamily):
 
     def __post_init__(self) -> None:
         _check_radius(self.eps)
+        if float(torch.as_tensor(self.eps).max()) > 1:
+            raise ValueError(f"BlurMix mixes at most fully, 0 <= eps <= 1; got {self.eps}")
         if not self.sigma > 0:
             raise ValueError(f"sigma must be > 0 pixels, got {self.sigma}")
 

@@ -23,7 +23,10 @@ class Spec(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """All rows of ``C y + d`` are positive. `C`: (N, rows, outputs) or (rows, outputs); `d`: (N, rows), (rows,) or 0."""
+    """All rows of ``C y + d`` are positive.
+
+    `C`: (N, rows, outputs), or (rows, outputs) for every image alike; `d`: (N, rows), (rows,) or a number.
+    """
 
     C: Tensor
     d: Tensor | float = 0.0
@@ -58,7 +61,7 @@ class Classification:
             raise ValueError(f"labels must be integers of shape ({len(reference)},), got {self.y.shape} {self.y.dtype}")
         if classes < 2:
             raise ValueError("a classification property needs a network with at least two outputs")
-        if self.y.numel() and not (0 <= int(self.y.min()) and int(self.y.max()) < classes):
+        if self.y.numel() and not (int(self.y.min()) >= 0 and int(self.y.max()) < classes):
             raise ValueError(
                 f"labels span [{int(self.y.min())}, {int(self.y.max())}] but the network has {classes} classes"
             )
@@ -72,7 +75,7 @@ class Deviation:
     `norm`: "linf" bounds every coordinate on its own (the USN paper's Definition 2.4 with q = inf); "point_l2" bounds
     the Euclidean distance of every point (x, y) = outputs (2k, 2k + 1), which is not linear: verifiers check it through
     `directions` chords of the circle (sound: the polygon lies inside the disc). `reference`: (N, outputs), default the
-    network's output at the unperturbed image. `delta`: a number or (outputs,).
+    network's output at the unperturbed image. `delta`: a number, or one an output ("linf") or a point ("point_l2").
     """
 
     delta: float | Tensor
@@ -110,7 +113,32 @@ class Deviation:
                 angles.new_tensor(torch.pi / self.directions)
             )
         C = C.expand(n, *C.shape)
-        return Linear(C, delta + (C @ centre.unsqueeze(2)).squeeze(2))
+        return Linear(-C, delta + (C @ centre.unsqueeze(2)).squeeze(2))  # delta - C (y - centre)
+
+
+def margin(spec: Spec, outputs: Tensor, reference: Tensor) -> Tensor:
+    """How far `outputs` (..., N, outputs) are from breaking the property: (..., N), positive iff it holds there.
+
+    This is the property itself, where `Spec.rows` may be stricter: the smallest row, but for ``Deviation`` with
+    "point_l2" the smallest ``delta - distance``, so that only a true violation counts as one.
+    """
+    if not (isinstance(spec, Deviation) and spec.norm == "point_l2"):
+        rows = spec.rows(reference)
+        return (torch.einsum("nro,...no->...nr", rows.C, outputs) + torch.as_tensor(rows.d).to(outputs)).amin(-1)
+    centre = reference if spec.reference is None else spec.reference.to(reference)
+    distance = (outputs - centre).unflatten(-1, (-1, 2)).norm(dim=-1)
+    return (torch.as_tensor(spec.delta, dtype=outputs.dtype, device=outputs.device) - distance).amin(-1)
+
+
+def select(spec: Spec, reference: Tensor, index: Tensor) -> Spec:
+    """The property for the images `index` alone, of a batch whose unperturbed outputs are `reference`."""
+    if isinstance(spec, Deviation):
+        centre = reference if spec.reference is None else spec.reference.to(reference)
+        return dataclasses.replace(spec, reference=centre[index])
+    if isinstance(spec, Classification):
+        return Classification(spec.y.to(index.device)[index])
+    rows = spec.rows(reference)
+    return Linear(rows.C[index], torch.as_tensor(rows.d)[index])
 
 
 def margin_rows(y: Tensor, classes: int) -> Tensor:

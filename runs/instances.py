@@ -189,7 +189,10 @@ def table(results: Sequence[Result]) -> Table:
     """The results for a terminal."""
     from rich.table import Table
 
-    drawn = Table(*COLUMNS[:-1], *(COLUMNS[-1:] if any(cells(r)[-1] for r in results) else ()))
+    drawn = Table()
+    for name in COLUMNS if any(cells(r)[-1] for r in results) else COLUMNS[:-1]:
+        number = name in ("seconds", "bound", "domains")
+        drawn.add_column(name, justify="right" if number else "left", overflow="fold")
     style = {"CONTRADICTS": "bold red", "agrees": "green", "new": "cyan", "open": "dim"}
     for result in results:
         row = cells(result)

@@ -17,6 +17,9 @@ from typing import Any
 
 from runs.cell import Cell, Perturb
 
+CERTIFIED = ("ibp", "crown-ibp", "fast-ibp")
+"""Trainings that minimise a certified bound."""
+
 USN, NRS, CAR = "USN pruning", "NRSLoss pruning", "CAR"
 
 
@@ -208,8 +211,9 @@ def compare(cell: Cell, perturbation: Perturb) -> Comparison | None:
         if printed.perturbation.kind != perturbation.kind:
             continue
         reasons = _differences(printed, cell, perturbation)
+        kind = (printed.training in CERTIFIED) != (cell.training.objective in CERTIFIED)
         gap = abs((printed.ratio or 0.0) - cell.pruning.ratio)
-        found.append(((len(reasons), gap), Comparison(printed, tuple(reasons))))
+        found.append(((len(reasons), kind, gap), Comparison(printed, tuple(reasons))))
     return min(found, key=lambda item: item[0])[1] if found else None
 
 

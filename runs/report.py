@@ -98,7 +98,7 @@ def _paper(row: Row, table: Table) -> str:
 
 
 def _seeds(row: Row, table: Table) -> str:
-    return f"{len(row.seeds)}" + (f" +{len(row.errors)} failed" if row.errors else "")
+    return f"{len(row.seeds)}" + (f" ({len(row.errors)} failed)" if row.errors else "")
 
 
 def columns(table: Table) -> list[Column]:
@@ -275,8 +275,8 @@ body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;paddi
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin:2.2rem 0 .2rem}
 .sub,.note{color:#555;font-size:.9rem;margin:.15rem 0}.bad{color:#a40000}
 .wrap{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.5rem 0;font-size:.9rem}
-th,td{padding:.28rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
-th{border-bottom:2px solid #444;background:#f4f4f4;position:sticky;top:0}
+th,td{padding:.28rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
+th{white-space:normal;vertical-align:bottom;border-bottom:2px solid #444;background:#f4f4f4;position:sticky;top:0}
 td.l,th.l{text-align:left}tr.dense td{background:#f7f7f2}tr.failed td{background:#fdecea;color:#a40000}
 .bar{display:inline-block;width:7rem;height:.6rem;background:#eee;margin-left:.5rem;position:relative;vertical-align:middle}
 .bar i{position:absolute;top:0;bottom:0;left:0;background:#0072B2}

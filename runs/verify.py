@@ -138,8 +138,8 @@ def solve(
     return decide.Answer("timeout", time.monotonic() - started)
 
 
-class _OutOfTimeError(Exception):
-    pass
+class _OutOfTimeError(BaseException):
+    """Not an Exception, so that no handler for ordinary failures on the way takes it for one."""
 
 
 @contextlib.contextmanager
@@ -206,7 +206,7 @@ def benchmark(args: argparse.Namespace, device: str) -> int:
     if args.json:
         print(json.dumps([instances.as_dict(r) for r in results]))
     else:
-        out = Console()
+        out = Console(width=None if sys.stdout.isatty() else 160)  # a file has no width, and names should not be cut
         out.print(instances.table(results))
         for line in instances.summary(results):
             out.print(line, highlight=False)

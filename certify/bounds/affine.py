@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify.bounds.op import Affine, Coefficients, Interval
-from certify.bounds.windows import Window
+from certify.bounds.windows import Neurons, Window
 
 
 class Linear(Affine):
@@ -32,6 +31,8 @@ class Linear(Affine):
         return F.linear(radii[0], self.weight.abs())
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
+        if isinstance(c, Neurons) and c.rank == 1:
+            return (c.rows(self.weight),)
         c = c.dense()
         return (c.replace(c.data @ self.weight),)
 
@@ -72,7 +73,7 @@ class Conv2d(Affine):
         return self._conv(radii[0], self.weight.abs())
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        if isinstance(c, Window):
+        if isinstance(c, (Window, Neurons)):
             grown = c.through_conv(self.weight, self.stride, self.padding, self.dilation, self.groups, self.input_shape)
             if grown is not None:
                 return (grown,)
@@ -110,7 +111,10 @@ class Scale(Affine):
         return radii[0] if self.scale is None else radii[0] * self.scale.abs()
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        return (c if self.scale is None else c.replace(c.data * c.constant(self.scale)),)
+        if self.scale is None:
+            return (c,)
+        c = c.dense() if isinstance(c, Neurons) else c
+        return (c.replace(c.data * c.constant(self.scale)),)
 
     def offset(self, c: Coefficients) -> Tensor | None:
         return None if self.shift is None else c.sum(self.shift)
@@ -134,7 +138,7 @@ class Reshape(Affine):
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
         c = c.dense()
-        return (c.like(c.data.reshape(math.prod(c.lead), *self.before)),)
+        return (c.like(c.data.reshape(c.lead.numel(), *self.before)),)
 
 
 class NonNegative(Affine):
@@ -186,7 +190,7 @@ class Add(Affine):
         return (a + c, b + d) if self.sign == 1 else (a - d, b - c)
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        if self.shapes[0] != self.shapes[1]:
+        if self.shapes[0] != self.shapes[1] or isinstance(c, Neurons):
             c = c.dense()
         first = (
             c
@@ -226,9 +230,9 @@ class Cat(Affine):
         return torch.cat([lo for lo, _ in inputs], self.axis), torch.cat([hi for _, hi in inputs], self.axis)
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        if self.axis != 1:
+        if self.axis != 1 or isinstance(c, Neurons):
             c = c.dense()
-        return tuple(c.replace(part) for part in c.data.split(self.sizes, len(c.lead) + self.axis - 1))
+        return tuple(c.replace(part) for part in c.data.split(self.sizes, self.axis + 1))
 
 
 class AffinePath(Affine):

@@ -13,15 +13,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from certify.bounds.activations import ReLU
 from certify.bounds.graph import Graph
 from certify.bounds.op import Activation, Affine, Coefficients, Interval, Relaxation
 from certify.bounds.pooling import MaxPool2d, PoolRelaxation
 from certify.bounds.region import Region
-from certify.bounds.windows import Window
+from certify.bounds.windows import Neurons
 
 Lines = dict[int, Relaxation | PoolRelaxation]
 # An adjustment of the functionals at a node, such as the multipliers of split constraints in beta-CROWN.
 Adjust = Callable[[int, Coefficients], Coefficients]
+Stop = Callable[[int, Coefficients, Tensor], Tensor | None]
 
 
 def relaxations(graph: Graph, found: list[Interval], upto: int | None = None) -> Lines:
@@ -52,9 +54,18 @@ def backward(
 
 
 def linear_bound(
-    graph: Graph, found: list[Interval], lines: Lines, start: int, c: Coefficients, adjust: Adjust | None = None
+    graph: Graph,
+    found: list[Interval],
+    lines: Lines,
+    start: int,
+    c: Coefficients,
+    adjust: Adjust | None = None,
+    stop: Stop | None = None,
 ) -> tuple[Tensor, Coefficients | None]:
-    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together."""
+    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together.
+
+    `stop` is asked wherever all functionals meet at the input of an activation; it may return the entries to go on with.
+    """
     pending: dict[int, Coefficients] = {start: c}
     total = c.data.new_zeros(c.lead)
     while pending:
@@ -86,6 +97,13 @@ def linear_bound(
             parts = ()
         for i, part in zip(node.inputs, parts):
             pending[i] = pending[i].plus(part) if i in pending else part
+        if stop is not None and len(pending) == 1 and isinstance(node.op, Activation):
+            (at, c), = pending.items()
+            kept = stop(at, c, total)
+            if kept is not None:
+                total, pending = total[kept], {at: c.keep(kept)}
+                if not len(kept):
+                    return total, None
     return total, None
 
 
@@ -138,20 +156,15 @@ def _tighten(
     image, entry = where.flatten(1).nonzero(as_tuple=True)
     if not len(image):
         return lo, hi
-    shape = graph.nodes[index].shape
-    widest = max(
-        sum(torch.Size(n.shape).numel() for n in graph.nodes[max(0, i - 2) : i + 1]) for i in range(1, index + 1)
-    )
-    chunk = max(1, memory // (4 * lo.element_size() * widest))
+    widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: index + 1])
+    chunk = max(1, memory // (16 * lo.element_size() * widest))
     lower, upper = [], []
     for at in range(0, len(image), chunk):
-        rows, places = image[at : at + chunk], entry[at : at + chunk]
-        both = []
-        for sign in (1.0, -1.0):
-            weight = torch.full((len(rows),), sign, dtype=lo.dtype, device=lo.device)
-            both.append(backward(graph, region, found, lines, index, single(rows, places, weight, shape)))
-        lower.append(both[0])
-        upper.append(-both[1])
+        part = slice(at, at + chunk)
+        start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype)
+        ends = _both_ends(graph, region, found, lines, index, start)
+        lower.append(ends[:, 0])
+        upper.append(-ends[:, 1])
     flat = image * where[0].numel() + entry
     new_lo = lo.flatten().index_put((flat,), torch.maximum(lo.flatten()[flat], torch.cat(lower))).reshape(lo.shape)
     new_hi = hi.flatten().index_put((flat,), torch.minimum(hi.flatten()[flat], torch.cat(upper))).reshape(hi.shape)
@@ -159,13 +172,36 @@ def _tighten(
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
 
 
-def single(image: Tensor, entry: Tensor, sign: Tensor, shape: tuple[int, ...]) -> Coefficients:
-    """Functionals ``sign * value`` of single entries of a node, in the cheapest layout for its shape."""
-    if len(shape) == 3 and shape[1] * shape[2] > 1:
-        return Window.neurons(image, entry, sign, (shape[0], shape[1], shape[2]))
-    data = torch.zeros(len(image), torch.Size(shape).numel(), dtype=sign.dtype, device=sign.device)
-    data = data.scatter(1, entry.unsqueeze(1), sign.unsqueeze(1)).reshape(-1, *shape)
-    return Coefficients(data, image, len(shape))
+def _both_ends(
+    graph: Graph, region: Region, found: list[Interval], lines: Lines, index: int, start: Neurons
+) -> Tensor:
+    """Lower bounds of each neuron and its negative (A, 2).
+
+    On the way back the functionals are also bounded at every activation's input, where tight intervals are known; a
+    neuron whose sign that settles goes no further (as in GPUPoly, Mueller et al., 2021).
+    """
+    best = start.data.new_full(start.lead, -torch.inf)
+    alive = torch.arange(len(best), device=best.device)
+    worthwhile = any(isinstance(graph.operation(r), ReLU) for r in graph.consumers()[index])
+
+    def stop(at: int, c: Coefficients, constant: Tensor) -> Tensor | None:
+        nonlocal alive, worthwhile
+        if not worthwhile:
+            return None
+        bound = constant + Region(*found[at]).lower(c)
+        best[alive] = bound
+        open_ = ((bound <= 0).all(1)).nonzero().squeeze(1)
+        worthwhile = len(open_) < 0.9 * len(alive)
+        if len(open_) > 0.8 * len(alive):
+            return None
+        alive = alive[open_]
+        return open_
+
+    total, at_input = linear_bound(graph, found, lines, index, start, stop=stop)
+    if at_input is not None and len(alive):
+        total = total + region.lower(at_input)
+    best[alive] = total
+    return best
 
 
 def crown_rows(graph: Graph, region: Region, found: list[Interval], C: Tensor, memory: int = 1 << 28) -> Tensor:

@@ -24,9 +24,9 @@ class UnsupportedOperation(NotImplementedError):
 class Coefficients:
     """Linear functionals ``sum_j data_j v_j`` of one node's values, many at once, dense over the node's shape.
 
-    Two layouts. *Uniform* (`image` is None): every image has the same number of rows, `data` is (N, R, *shape).
-    *Indexed*: row m belongs to image ``image[m]``, `data` is (M, *shape); this is how only the unstable neurons of each
-    image are bounded, at a cost linear in their number.
+    `data` is (A, R, *shape): R functionals for each of A entries. Two layouts. *Uniform* (`image` is None): the entries
+    are the images. *Indexed*: entry a belongs to image ``image[a]``; this is how only the unstable neurons of each image
+    are bounded, from both sides (R = 2), at a cost linear in their number.
     """
 
     data: Tensor
@@ -35,48 +35,49 @@ class Coefficients:
 
     @property
     def lead(self) -> torch.Size:
-        """The row axes: (N, R) or (M,)."""
-        return self.data.shape[: self.data.ndim - self.rank]
+        """The row axes (A, R)."""
+        return self.data.shape[:2]
 
     @property
     def shape(self) -> torch.Size:
         """The node's shape."""
-        return self.data.shape[self.data.ndim - self.rank :]
+        return self.data.shape[2:]
 
     def flat(self) -> Tensor:
-        """All rows on one axis: (rows, *shape)."""
-        return self.data.reshape(-1, *self.shape)
+        """All rows on one axis: (A * R, *shape)."""
+        return self.data.flatten(0, 1)
 
     def like(self, flat: Tensor) -> Coefficients:
-        """Functionals of another node from `flat` (rows, *shape), in this layout."""
-        return Coefficients(flat.reshape(*self.lead, *flat.shape[1:]), self.image, flat.ndim - 1)
+        """Functionals of another node from `flat` (A * R, *shape), in this layout."""
+        return Coefficients(flat.unflatten(0, self.lead), self.image, flat.ndim - 1)
 
     def replace(self, data: Tensor) -> Coefficients:
         """The same rows with other numbers."""
         return Coefficients(data, self.image, self.rank)
 
+    def keep(self, which: Tensor) -> Coefficients:
+        """Some of the entries, by index; indexed layout only."""
+        assert self.image is not None
+        return Coefficients(self.data[which], self.image[which], self.rank)
+
     def gather(self, value: Tensor) -> Tensor:
-        """`value` (N, *shape), or (N, R, *shape) in the uniform layout, lined up with `data` for elementwise work."""
-        if self.image is not None:
-            return value[self.image]
-        return value if value.ndim == self.data.ndim else value.unsqueeze(1)
+        """`value` (N, *shape), or (A, R, *shape) as it is, lined up with `data` for elementwise work."""
+        if value.ndim == self.data.ndim:
+            return value
+        return (value if self.image is None else value[self.image]).unsqueeze(1)
 
     def constant(self, value: Tensor) -> Tensor:
         """A tensor without batch axis that broadcasts over the node's shape, lined up with `data`."""
         return value
 
     def dot(self, value: Tensor) -> Tensor:
-        """Row sums ``sum_j data_j value_j`` for `value` (N, *shape): the row axes."""
-        if self.rank == 0:
-            return self.data * self.gather(value)
-        if self.image is None and value.ndim == self.data.ndim - 1:
-            return torch.bmm(self.data.flatten(2), value.flatten(1).unsqueeze(2)).squeeze(2)
-        return (self.data * self.gather(value)).flatten(len(self.lead)).sum(-1)
+        """Row sums ``sum_j data_j value_j`` for `value` (N, *shape) or (A, R, *shape): (A, R)."""
+        return inner(self.data, self.gather(value))
 
     def sum(self, weight: Tensor | None = None) -> Tensor:
-        """Row sums of ``data * weight`` (weight without batch axis, broadcast over the shape): the row axes."""
+        """Row sums of ``data * weight`` (weight without batch axis, broadcast over the shape): (A, R)."""
         data = self.data if weight is None else self.data * self.constant(weight)
-        return data.flatten(len(self.lead)).sum(-1) if self.rank else data
+        return data.flatten(2).sum(-1) if self.rank else data
 
     def dense(self) -> Coefficients:
         """These functionals over the whole node."""
@@ -87,11 +88,20 @@ class Coefficients:
         return self.replace(self.data + other.dense().data)
 
 
+def inner(rows: Tensor, value: Tensor) -> Tensor:
+    """Sums over all but the first two axes of ``rows * value``, `value` (A, R or 1, *shape): (A, R)."""
+    if rows.ndim == 2:
+        return rows * value
+    if value.shape[1] != 1:
+        return (rows * value).flatten(2).sum(-1)
+    return torch.bmm(rows.flatten(2), value.flatten(1).unsqueeze(2)).squeeze(2)
+
+
 @dataclasses.dataclass(frozen=True)
 class Relaxation:
     """Two lines around an elementwise function on an interval: ``slope_lo v + bias_lo <= f(v) <= slope_hi v + bias_hi``.
 
-    Each tensor is (N, *shape), or (N, R, *shape) where rows have lines of their own; a bias that is None is zero.
+    Each tensor is (N, *shape), or (A, R, *shape) where rows have lines of their own; a bias that is None is zero.
     """
 
     slope_lo: Tensor
@@ -161,14 +171,15 @@ class Activation(Op):
 
     def backward(self, c: Coefficients, r: Relaxation) -> tuple[Coefficients, Tensor]:
         """Replace the function by the line that bounds each functional from below: input functionals and constants."""
-        positive = c.data >= 0
-        data = c.data * torch.where(positive, c.gather(r.slope_lo), c.gather(r.slope_hi))
+        negative = c.data.clamp(max=0)
         constant: Tensor | None = None
         if r.bias_hi is not None:
-            constant = c.replace(c.data.clamp(max=0)).dot(r.bias_hi)
+            constant = c.replace(negative).dot(r.bias_hi)
         if r.bias_lo is not None:
-            lower = c.replace(c.data.clamp(min=0)).dot(r.bias_lo)
+            lower = c.replace(c.data - negative).dot(r.bias_lo)
             constant = lower if constant is None else constant + lower
+        # Positive weights take the lower line and negative ones the upper: lo c + (hi - lo) min(c, 0).
+        data = torch.addcmul(c.data * c.gather(r.slope_lo), negative, c.gather(r.slope_hi - r.slope_lo))
         return c.replace(data), c.data.new_zeros(c.lead) if constant is None else constant
 
     @abc.abstractmethod

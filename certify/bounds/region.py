@@ -29,9 +29,10 @@ class Region:
         value = c.dot(middle) - c.replace(c.data.abs()).dot(half)
         if self.centre is None or self.radius is None:
             return value
-        norm = c.data.flatten(len(c.lead)).norm(dim=-1)
-        radius = self.radius[c.image] if c.image is not None else self.radius.unsqueeze(1)
-        return torch.maximum(value, c.dot(self.centre) - radius * norm)
+        c = c.dense()
+        radius = self.radius if c.image is None else self.radius[c.image]
+        ball = c.dot(self.centre) - radius.unsqueeze(1) * c.data.flatten(2).norm(dim=-1)
+        return torch.maximum(value, ball)
 
     def select(self, index: Tensor) -> Region:
         """The regions of some images."""

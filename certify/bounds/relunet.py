@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 
 from certify.bounds.activations import ReLU
+from certify.bounds.affine import Conv2d, Linear, Reshape, Scale
 from certify.bounds.graph import Graph
-from certify.bounds.crown import single
-from certify.bounds.op import Affine, Coefficients, Interval, UnsupportedOperation
+from certify.bounds.op import Affine, Interval, UnsupportedOperation
 from certify.bounds.region import Region
-from certify.bounds.windows import Window
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Matrix = scipy.sparse.csr_matrix
 
 # Sparse products cost about four times as much an entry as dense ones.
 SPARSE_BELOW = 0.2
@@ -41,7 +44,7 @@ class Link:
     transposed: Tensor
 
     @staticmethod
-    def make(matrix: scipy.sparse.csr_matrix, dtype: torch.dtype, device: torch.device) -> Link:
+    def make(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> Link:
         size = matrix.shape[0] * matrix.shape[1]
         if matrix.nnz < SPARSE_BELOW * size and size > 4096 and _csr_works(dtype, device):
             return Link(_csr(matrix, dtype, device), _csr(matrix.T.tocsr(), dtype, device))
@@ -60,7 +63,7 @@ class Link:
         return transposed[:, rows]
 
 
-def _csr(matrix: scipy.sparse.csr_matrix, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _csr(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> Tensor:
     matrix.sort_indices()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its CSR layout a beta feature
@@ -111,7 +114,7 @@ class Lines:
         undecided = (lo < 0) & (hi > 0)
         on = lo >= 0
         if sign is not None:
-            undecided &= sign == 0
+            undecided = undecided & (sign == 0)
             on = torch.where(sign == 0, on, sign > 0)
         chord = hi / torch.where(undecided, hi - lo, torch.ones_like(lo))
         slope = torch.where(undecided, chord, on.to(lo.dtype))
@@ -313,7 +316,7 @@ def build(
     Raises:
         UnsupportedOperation: another nonlinearity, or a network too large for this form.
     """
-    builder = _Builder(graph, region, found, entries)
+    builder = _Builder(graph, region, entries)
     blocks: list[Block] = []
     numbers: dict[int, int] = {0: 0}
     bounds: list[tuple[Tensor, Tensor]] = []
@@ -327,13 +330,13 @@ def build(
             places = torch.cat([undecided, on])
             builder.live[index] = places
             numbers[index] = len(blocks) + 1
-            maps, bias = builder.functionals(pre, places)
+            maps, bias = builder.entries(pre, places)
             links = {numbers[j]: builder.link(m) for j, m in sorted(maps.items())}
             blocks.append(Block(index, places, len(undecided), links, bias))
             bounds.append((lo[undecided], hi[undecided]))
         elif not isinstance(op, Affine):
             raise UnsupportedOperation(f"{op.label} is neither affine nor a ReLU")
-    maps, bias = builder.dense_functionals(graph.output, C)
+    maps, bias = builder.pull(graph.output, scipy.sparse.csr_matrix(C.double().cpu().numpy()))
     rows = Rows({numbers[j]: builder.link(m) for j, m in sorted(maps.items())}, bias + d)
     offsets = [0]
     for block in blocks:
@@ -358,80 +361,112 @@ def build(
 
 
 class _Builder:
-    """Collects the affine maps between ReLUs, restricted to live entries."""
+    """Collects the affine maps between ReLUs as sparse matrices, restricted to live entries."""
 
-    def __init__(self, graph: Graph, region: Region, found: list[Interval], entries: int) -> None:
-        self.graph, self.found, self.left = graph, found, entries
+    def __init__(self, graph: Graph, region: Region, entries: int) -> None:
+        self.graph, self.left = graph, entries
         fixed = (region.lo == region.hi) if region.radius is None else torch.zeros_like(region.lo, dtype=torch.bool)
         self.live: dict[int, Tensor] = {0: (~fixed).flatten().nonzero().flatten()}
-        self._base = torch.where(fixed, region.lo, torch.zeros_like(region.lo))
+        self._base = torch.where(fixed, region.lo, torch.zeros_like(region.lo)).flatten().double().cpu().numpy()
         self.dtype, self.device = region.lo.dtype, region.lo.device
 
-    def link(self, matrix: scipy.sparse.csr_matrix) -> Link:
+    def link(self, matrix: Matrix) -> Link:
         return Link.make(matrix, self.dtype, self.device)
 
-    def functionals(self, node: int, places: Tensor) -> tuple[dict[int, scipy.sparse.csr_matrix], Tensor]:
+    def entries(self, node: int, places: Tensor) -> tuple[dict[int, Matrix], Tensor]:
         """The maps onto entries `places` of `node` from the live entries of the ReLUs (and inputs) below, and bias."""
-        shape = self.graph.nodes[node].shape
-        widest = max(math.prod(n.shape) for n in self.graph.nodes[: node + 1])
-        chunk = max(1, (1 << 25) // widest)
-        parts: list[tuple[dict[int, scipy.sparse.csr_matrix], Tensor]] = []
-        for at in range(0, len(places), chunk):
-            some = places[at : at + chunk]
-            one = torch.ones(len(some), dtype=self.dtype, device=self.device)
-            parts.append(self._pull(node, single(torch.zeros_like(some), some, one, shape)))
-        sources = {j for maps, _ in parts for j in maps}
-        stacked = {j: scipy.sparse.vstack([maps[j] for maps, _ in parts], format="csr") for j in sources}
-        none = torch.zeros(0, dtype=self.dtype, device=self.device)
-        return stacked, torch.cat([b for _, b in parts]) if parts else none
+        rows = np.arange(len(places))
+        shape = (len(places), math.prod(self.graph.nodes[node].shape))
+        return self.pull(node, scipy.sparse.csr_matrix((np.ones(len(places)), (rows, places.cpu().numpy())), shape))
 
-    def dense_functionals(self, node: int, C: Tensor) -> tuple[dict[int, scipy.sparse.csr_matrix], Tensor]:
-        """As `functionals`, for functionals C (rows, *shape)."""
-        image = torch.zeros(len(C), dtype=torch.long, device=C.device)
-        return self._pull(node, Coefficients(C, image, C.ndim - 1))
-
-    def _pull(self, node: int, c: Coefficients) -> tuple[dict[int, scipy.sparse.csr_matrix], Tensor]:
+    def pull(self, node: int, c: Matrix) -> tuple[dict[int, Matrix], Tensor]:
+        """As `entries`, for functionals c (rows, size of the node)."""
         pending = {node: c}
-        maps: dict[int, scipy.sparse.csr_matrix] = {}
-        constant = torch.zeros(c.lead, dtype=self.dtype, device=self.device)
+        maps: dict[int, Matrix] = {}
+        constant = np.zeros(c.shape[0])
         while pending:
             index = max(pending)
             c = pending.pop(index)
             op = self.graph.nodes[index].op
             if isinstance(op, Affine):
-                offset = op.offset(c)
-                constant = constant if offset is None else constant + offset
-                for i, part in zip(self.graph.nodes[index].inputs, op.adjoint(c)):
-                    pending[i] = pending[i].plus(part) if i in pending else part
+                bias = op.bias()
+                if bias is not None:
+                    constant += c @ _spread(bias, self.graph.nodes[index].shape)
+                inputs = self.graph.nodes[index].inputs
+                parts = _adjoint(op, c, [self.graph.nodes[i].shape for i in inputs], self.device)
+                for i, part in zip(inputs, parts, strict=True):
+                    pending[i] = pending[i] + part if i in pending else part
+                    self._count(part)
                 continue
             if op is None:
-                constant = constant + c.dot(self._base)
-            maps[index] = self._live_entries(index, c)
-            self.left -= maps[index].nnz
-            if self.left < 0:
-                raise UnsupportedOperation("the network is too large for branch and bound over ReLUs")
-        return maps, constant
+                constant += c @ self._base
+            maps[index] = c[:, self.live[index].cpu().numpy()].tocsr()
+        return maps, torch.from_numpy(constant).to(device=self.device, dtype=self.dtype)
 
-    def _live_entries(self, index: int, c: Coefficients) -> scipy.sparse.csr_matrix:
-        size = math.prod(self.graph.nodes[index].shape)
-        rank = np.full(size, -1)
-        rank[self.live[index].cpu().numpy()] = np.arange(len(self.live[index]))
-        if isinstance(c, Window):
-            rows, places, values = _window_entries(c)
-        else:
-            flat = c.dense().flat().flatten(1)
-            rows, places = flat.nonzero(as_tuple=True)
-            values = flat[rows, places]
-        column = rank[places.cpu().numpy()]
-        keep = column >= 0
-        data = values.detach().cpu().numpy().astype(np.float64)[keep]
-        where = (rows.cpu().numpy()[keep], column[keep])
-        return scipy.sparse.csr_matrix((data, where), shape=(len(c.flat()), len(self.live[index])))
+    def _count(self, matrix: Matrix) -> None:
+        self.left -= matrix.nnz
+        if self.left < 0:
+            raise UnsupportedOperation("the network is too large for branch and bound over its ReLUs")
 
 
-def _window_entries(c: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, flat place in the map, and value of every entry that is not zero."""
-    rows, channel, down, right = c.data.nonzero(as_tuple=True)
-    top = c.position[rows, 0] * c.stride[0] - c.offset[0] + down
-    left = c.position[rows, 1] * c.stride[1] - c.offset[1] + right
-    return rows, (channel * c.size[0] + top) * c.size[1] + left, c.data[rows, channel, down, right]
+def _spread(value: Tensor, shape: tuple[int, ...]) -> Array:
+    """A constant that broadcasts over a node's shape (batch axis 1 allowed), flat, in float64."""
+    if value.ndim > len(shape):
+        value = value[0]
+    return np.asarray(value.detach().double().expand(shape).reshape(-1).cpu().numpy())
+
+
+def _adjoint(
+    op: Affine, c: Matrix, shapes: list[tuple[int, ...]], device: torch.device
+) -> list[Matrix]:
+    """``c A`` for functionals c of an affine operation's values, one matrix an input."""
+    if isinstance(op, Reshape):
+        return [c]
+    if isinstance(op, Linear) and len(shapes[0]) == 1:
+        used = np.unique(c.indices)
+        weight = op.weight.detach().double().cpu().numpy()[used]
+        return [scipy.sparse.csr_matrix(c[:, used] @ weight)]
+    if isinstance(op, Conv2d):
+        used = np.unique(c.indices)
+        return [(c[:, used] @ _convolution(op, used)).tocsr()]
+    if isinstance(op, Scale):
+        if op.scale is None:
+            return [c]
+        return [(c @ scipy.sparse.diags(_spread(op.scale, shapes[0]))).tocsr()]
+    # Any other linear map is applied to unit vectors of one input at a time.
+    results = []
+    for position, shape in enumerate(shapes):
+        size = math.prod(shape)
+        chunk = max(1, (1 << 24) // max(size, c.shape[1]))
+        columns = []
+        for at in range(0, size, chunk):
+            many = min(chunk, size - at)
+            units = torch.zeros(many, size, dtype=torch.float64, device=device)
+            units[torch.arange(many), torch.arange(at, at + many)] = 1
+            inputs = [units.new_zeros(many, *other) for other in shapes]
+            inputs[position] = units.reshape(many, *shape)
+            value = scipy.sparse.csr_matrix(op.linear(*inputs).reshape(many, -1).cpu().numpy())
+            columns.append((c @ value.T).tocsc())
+        results.append(scipy.sparse.hstack(columns, format="csr"))
+    return results
+
+
+def _convolution(op: Conv2d, used: Array) -> Matrix:
+    """Rows `used` (flat output entries) of a convolution's matrix."""
+    weight = op.weight.detach().double().cpu().numpy()
+    out, width, high, wide = weight.shape
+    _, height, breadth = op.input_shape
+    rows, cols = [
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, p, d, k, s in zip(op.input_shape[1:], op.padding, op.dilation, (high, wide), op.stride, strict=True)
+    ]
+    channel, place = used // (rows * cols), used % (rows * cols)
+    down = (place // cols * op.stride[0] - op.padding[0])[:, None] + np.arange(high) * op.dilation[0]
+    right = (place % cols * op.stride[1] - op.padding[1])[:, None] + np.arange(wide) * op.dilation[1]
+    source = (channel // (out // op.groups) * width)[:, None] + np.arange(width)
+    index = (source[:, :, None, None] * height + down[:, None, :, None]) * breadth + right[:, None, None, :]
+    inside = ((down >= 0) & (down < height))[:, None, :, None] & ((right >= 0) & (right < breadth))[:, None, None, :]
+    inside = np.broadcast_to(inside, index.shape)
+    row = np.broadcast_to(np.arange(len(used))[:, None, None, None], index.shape)
+    shape = (len(used), math.prod(op.input_shape))
+    return scipy.sparse.csr_matrix((weight[channel][inside], (row[inside], index[inside])), shape)

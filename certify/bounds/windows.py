@@ -2,7 +2,8 @@
 
 A neuron of a convolution depends on a window of its input. Going back through the network the window grows by the
 kernel at every layer; until it covers the map, storing and convolving the window alone saves most of the work of
-bounding early layers (the "patches" of auto-LiRPA, here with any set of neurons of any image side by side).
+bounding early layers (the "patches" of auto-LiRPA, here with any set of neurons of any image side by side). Numbers are
+kept channels-last in memory, which makes cutting windows out of maps, and the convolutions, fast.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from certify.bounds.op import Coefficients
+from certify.bounds.op import Coefficients, inner
 
 
 @dataclasses.dataclass
 class Window(Coefficients):
-    """Row m weighs ``map[image[m], :, top : top + kh, left : left + kw]`` with ``data`` (M, C, kh, kw).
+    """Entry a weighs ``map[image[a], :, top : top + kh, left : left + kw]`` with ``data`` (A, R, C, kh, kw).
 
-    ``(top, left) = position[m] * stride - offset``, so that all geometry but `position` (M, 2) is known without
-    looking at the device. Entries that fall outside the map of `size` (H, W) are zero in `data`.
+    ``(top, left) = position[a] * stride - offset``, so that all geometry but `position` (A, 2) is known without looking
+    at the device. Windows may stick out of the map of `size` (H, W); what lies outside does not count (`inside` says
+    that `data` is already zero there).
     """
 
     position: Tensor
@@ -29,25 +31,20 @@ class Window(Coefficients):
     stride: tuple[int, int]
     offset: tuple[int, int]
     size: tuple[int, int]
-
-    @staticmethod
-    def neurons(image: Tensor, index: Tensor, sign: Tensor, shape: tuple[int, int, int]) -> Window:
-        """Functionals ``sign * value`` of single neurons, by `image` (M,) and flat `index` (M,) into `shape`."""
-        channels, height, width = shape
-        place = index % (height * width)
-        data = torch.zeros(len(index), channels, 1, 1, dtype=sign.dtype, device=index.device)
-        data[torch.arange(len(index), device=index.device), index // (height * width)] = sign.reshape(-1, 1, 1)
-        position = torch.stack([place // width, place % width], 1)
-        return Window(data, image, 3, position, (height, width), (1, 1), (0, 0), (height, width))
+    inside: bool
 
     def replace(self, data: Tensor) -> Window:
         return dataclasses.replace(self, data=data)
+
+    def keep(self, which: Tensor) -> Window:
+        assert self.image is not None
+        return dataclasses.replace(self, data=self.data[which], image=self.image[which], position=self.position[which])
 
     def _margins(self) -> tuple[int, int, int, int]:
         """How far windows can stick out of the map: left, right, top, bottom (as for F.pad)."""
         pads = []
         for axis in (1, 0):
-            reach = (self.grid[axis] - 1) * self.stride[axis] - self.offset[axis] + self.data.shape[2 + axis]
+            reach = (self.grid[axis] - 1) * self.stride[axis] - self.offset[axis] + self.data.shape[3 + axis]
             pads += [max(0, self.offset[axis]), max(0, reach - self.size[axis])]
         return pads[0], pads[1], pads[2], pads[3]
 
@@ -59,45 +56,62 @@ class Window(Coefficients):
             self.position[:, 1] * self.stride[1] - self.offset[1] + left,
         )
 
-    def _windows(self, value: Tensor, image: Tensor) -> Tensor:
-        padded = F.pad(value, self._margins())
-        height, width = self.data.shape[2:]
-        top, left = self._corners()
-        return padded.unfold(2, height, 1).unfold(3, width, 1)[image, :, top, left]
+    def _cut(self, value: Tensor, image: Tensor) -> Tensor:
+        """The window of each entry out of `value` (N, C, H, W), zero outside: (A, 1, C, kh, kw)."""
+        left, right, top, bottom = self._margins()
+        last = F.pad(value.movedim(1, -1), (0, 0, left, right, top, bottom)).contiguous()
+        tops, lefts = self._corners()
+        places = last.unfold(1, self.data.shape[3], 1).unfold(2, self.data.shape[4], 1).permute(0, 1, 2, 4, 5, 3)
+        return places[image, tops, lefts].movedim(-1, 1).unsqueeze(1)
 
     def gather(self, value: Tensor) -> Tensor:
         assert self.image is not None
-        return self._windows(value, self.image)
+        return self._cut(value, self.image)
 
     def constant(self, value: Tensor) -> Tensor:
         if value.ndim < 2 or (value.shape[-1] == 1 and value.shape[-2] == 1):
             return value
-        full = value.expand(self.data.shape[1], *self.size).unsqueeze(0)
-        return self._windows(full, torch.zeros_like(self.position[:, 0]))
+        full = value.expand(self.data.shape[2], *self.size).unsqueeze(0)
+        return self._cut(full, torch.zeros_like(self.position[:, 0]))
+
+    def masked(self) -> Window:
+        """The same functionals with zeros outside the map."""
+        if self.inside or not any(self._margins()):
+            return self
+        ones = torch.ones(1, 1, *self.size, dtype=self.data.dtype, device=self.data.device)
+        mask = self._cut(ones, torch.zeros_like(self.position[:, 0]))
+        return dataclasses.replace(self, data=self.data * mask, inside=True)
 
     def dot(self, value: Tensor) -> Tensor:
-        return (self.data * self.gather(value)).flatten(1).sum(1)
+        # Channels-last on both sides, so that flattening copies nothing.
+        return inner(self.data.movedim(2, -1), self.gather(value).movedim(2, -1))
+
+    def sum(self, weight: Tensor | None = None) -> Tensor:
+        data = self.masked().data
+        if weight is not None and weight.numel() == self.data.shape[2] == weight.shape[0]:
+            return data.sum((3, 4)) @ weight.flatten()
+        return (data if weight is None else data * self.constant(weight)).sum((2, 3, 4))
 
     def dense(self) -> Coefficients:
         left, right, top, bottom = self._margins()
-        rows, channels, height, width = self.data.shape
+        entries, rows, channels, height, width = self.data.shape
         wide, high = self.size[1] + left + right, self.size[0] + top + bottom
         tops, lefts = self._corners()
-        inner = torch.arange(height, device=tops.device)[:, None] * wide + torch.arange(width, device=tops.device)
-        index = (tops * wide + lefts).reshape(-1, 1, 1) + inner
-        full = torch.zeros(rows, channels, high * wide, dtype=self.data.dtype, device=self.data.device)
-        full = full.scatter(2, index.reshape(rows, 1, -1).expand(-1, channels, -1), self.data.flatten(2))
-        full = full.reshape(rows, channels, high, wide)[:, :, top : top + self.size[0], left : left + self.size[1]]
-        return Coefficients(full, self.image, 3)
+        places = torch.arange(height, device=tops.device)[:, None] * wide + torch.arange(width, device=tops.device)
+        index = (tops * wide + lefts).reshape(-1, 1, 1, 1) + places.reshape(1, 1, -1, 1)
+        full = self.data.new_zeros(entries, rows, high * wide, channels)
+        full = full.scatter(2, index.expand(-1, rows, -1, channels), self.data.movedim(2, -1).flatten(2, 3))
+        full = full.reshape(entries, rows, high, wide, channels)
+        full = full[:, :, top : top + self.size[0], left : left + self.size[1]]
+        return Coefficients(full.movedim(-1, 2), self.image, 3)
 
     def plus(self, other: Coefficients) -> Coefficients:
-        same = isinstance(other, Window) and (
-            (self.stride, self.offset, self.grid, self.data.shape)
-            == (other.stride, other.offset, other.grid, other.data.shape)
-        )
-        if same:
-            return self.replace(self.data + other.data)
+        if isinstance(other, Window) and self._geometry() == other._geometry():
+            return dataclasses.replace(self, data=self.data + other.data, inside=self.inside and other.inside)
         return self.dense().plus(other)
+
+    def _geometry(self) -> tuple[object, ...]:
+        return self.stride, self.offset, self.grid, self.data.shape
 
     def through_conv(
         self,
@@ -110,14 +124,22 @@ class Window(Coefficients):
     ) -> Window | None:
         """The functionals of a convolution's input, or None once the window would be as large as the map."""
         size = (input_shape[1], input_shape[2])
-        grown = [
-            (k - 1) * s + d * (w - 1) + 1 for k, s, d, w in zip(self.data.shape[2:], stride, dilation, weight.shape[2:])
-        ]
+        kernel = tuple(weight.shape[2:])
+        grown = [(k - 1) * s + d * (w - 1) + 1 for k, s, d, w in zip(self.data.shape[3:], stride, dilation, kernel)]
         if grown[0] * grown[1] >= size[0] * size[1]:
             return None
-        data = F.conv_transpose2d(self.data, weight, None, stride, 0, 0, groups, dilation)
-        out = Window(
-            data,
+        data = F.conv_transpose2d(
+            self.masked().flat().contiguous(memory_format=torch.channels_last),
+            weight.contiguous(memory_format=torch.channels_last),
+            None,
+            stride,
+            0,
+            0,
+            groups,
+            dilation,
+        )
+        return Window(
+            data.unflatten(0, self.lead),
             self.image,
             3,
             self.position,
@@ -125,8 +147,60 @@ class Window(Coefficients):
             (self.stride[0] * stride[0], self.stride[1] * stride[1]),
             (self.offset[0] * stride[0] + padding[0], self.offset[1] * stride[1] + padding[1]),
             size,
+            inside=False,
         )
-        if any(out._margins()):
-            inside = torch.ones(1, 1, *size, dtype=data.dtype, device=data.device)
-            out.data = data * out._windows(inside, torch.zeros_like(self.position[:, 0]))
-        return out
+
+
+@dataclasses.dataclass
+class Neurons(Coefficients):
+    """Single entries of a node, weighed +1 and -1: the start of a backward pass. `data` (A, 2) holds the signs.
+
+    They stand for one-hot functionals without storing them; a convolution or linear map picks rows of its weight.
+    """
+
+    entry: Tensor
+    full: tuple[int, ...]
+
+    @staticmethod
+    def both_signs(image: Tensor, entry: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Neurons:
+        """Functionals ``+value`` and ``-value`` of flat entries `entry` (A,) of a node of `shape`, in images (A,)."""
+        signs = torch.tensor([1.0, -1.0], dtype=dtype, device=image.device).expand(len(image), 2)
+        return Neurons(signs, image, len(shape), entry, shape)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self.full)
+
+    def dense(self) -> Coefficients:
+        full = self.data.new_zeros(*self.lead, self.shape.numel())
+        index = self.entry.reshape(-1, 1, 1).expand(-1, 2, 1)
+        return Coefficients(full.scatter(2, index, self.data.unsqueeze(2)).unflatten(2, self.full), self.image, self.rank)
+
+    def sum(self, weight: Tensor | None = None) -> Tensor:
+        if weight is None:
+            return self.data
+        return self.data * weight.expand(self.full).flatten()[self.entry].unsqueeze(1)
+
+    def rows(self, weight: Tensor) -> Coefficients:
+        """The functionals of the input of a linear map with matrix `weight` (out, in) on one axis."""
+        return Coefficients(self.data.unsqueeze(2) * weight[self.entry].unsqueeze(1), self.image, 1)
+
+    def through_conv(
+        self,
+        weight: Tensor,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+        input_shape: tuple[int, ...],
+    ) -> Window | None:
+        """The functionals of a convolution's input: its kernels; None where windows do not pay."""
+        size, kernel = (input_shape[1], input_shape[2]), tuple(weight.shape[2:])
+        if groups != 1 or dilation != (1, 1) or kernel[0] * kernel[1] >= size[0] * size[1]:
+            return None
+        height, width = self.full[1:]
+        place = self.entry % (height * width)
+        picked = weight.contiguous(memory_format=torch.channels_last)[self.entry // (height * width)]
+        position = torch.stack([place // width, place % width], 1)
+        data = self.data.reshape(-1, 2, 1, 1, 1) * picked.unsqueeze(1)
+        return Window(data, self.image, 3, position, (height, width), stride, padding, size, inside=False)

@@ -36,7 +36,7 @@ class Killed(Exception):
     """Stands for a kill."""
 
 
-# --- what every method keeps to ----------------------------------------------------------------------------------------
+# --- what every method keeps to ------------------------------------------------------------
 @pytest.mark.parametrize("name", methods.names())
 @pytest.mark.parametrize("structured", [False, True])
 def test_every_method_keeps_the_protocol(name, structured):
@@ -128,7 +128,7 @@ def test_methods_train_under_bounds():
     assert {"natural", "robust"} <= outcome.history.records[-1].metrics.keys()
 
 
-# --- one at a time -----------------------------------------------------------------------------------------------------
+# --- one at a time ------------------------------------------------------------
 def test_dense_is_plain_training():
     batches = Shuffled(*points())
     outcome = Dense(DenseConfig(epochs=3, training=FAST)).fit(mlp(), batches, seed=2)
@@ -185,7 +185,7 @@ def test_fine_tuning_sees_another_order_and_a_tenth_of_the_rate():
     assert [r.lr for r in outcome.history.phase("finetune").records] == pytest.approx([0.1 * FAST.lr] * 3)
 
 
-# --- iterative magnitude pruning ---------------------------------------------------------------------------------------
+# --- iterative magnitude pruning ------------------------------------------------------------
 def imp_config(**changes: object) -> IMPConfig:
     return dataclasses.replace(KINDS["imp"], **changes)
 
@@ -286,11 +286,15 @@ def test_late_rewinding_resumes_from_its_own_file(tmp_path):
 
 
 def test_the_states_are_copies_of_their_own():
-    for index, state in enumerate(IMP(KINDS["imp"]).states(mlp(), Shuffled(*points()))):
+    """Spoiling one must not reach the next."""
+    count = 0
+    for state in IMP(KINDS["imp"]).states(mlp(), Shuffled(*points())):
+        assert all(torch.isfinite(p).all() for p in state.model.parameters())
         with torch.no_grad():
             for p in state.model.parameters():
                 p.fill_(float("nan"))
-    assert index == 2
+        count += 1
+    assert count == 3
 
 
 @pytest.mark.parametrize(
@@ -311,7 +315,7 @@ def test_bad_settings_are_refused(changes, words):
         imp_config(**changes)
 
 
-# --- the package -------------------------------------------------------------------------------------------------------
+# --- the package ------------------------------------------------------------
 def test_the_registry():
     assert methods.names() == ("dense", "random", "magnitude", "imp")
     assert methods.describe().keys() == set(methods.names())

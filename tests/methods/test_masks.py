@@ -21,7 +21,7 @@ def scores_of(model: nn.Module, structured: bool = False) -> dict[str, torch.Ten
     return {name: weights[name].detach().abs() for name in masks.prunable(model, structured=structured)}
 
 
-# --- the type ----------------------------------------------------------------------------------------------------------
+# --- the type ------------------------------------------------------------
 def test_density_counts_entries():
     mask = Mask({"a.weight": torch.tensor([[True, False], [False, False]]), "b.weight": torch.tensor([True, True])})
     assert (mask.kept, mask.total, mask.density) == (3, 6, 0.5)
@@ -80,7 +80,7 @@ def test_and_is_the_intersection_and_subsets_are_told():
         a & Mask({"b": torch.tensor([True])})
 
 
-# --- exact fractions ---------------------------------------------------------------------------------------------------
+# --- exact fractions ------------------------------------------------------------
 @settings(max_examples=60, deadline=None)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4),
@@ -164,7 +164,7 @@ def test_prunable_leaves_out_the_output_layer_only_when_structured():
         masks.prunable(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), structured=True)
 
 
-# --- application -------------------------------------------------------------------------------------------------------
+# --- application ------------------------------------------------------------
 def test_apply_zeroes_exactly_what_the_mask_removes():
     model = mlp()
     before = copy.deepcopy(model.state_dict())
@@ -240,7 +240,7 @@ def test_frozen_weights_stay_zero_under_momentum_and_weight_decay(kind, structur
     assert any((p[~mask[n]] != 0).any() for n, p in model.named_parameters() if n in mask)
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------
 def test_save_and_load_round_trip(tmp_path):
     model = residual()
     for structured in (False, True):

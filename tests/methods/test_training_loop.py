@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from method_toys import FAST, Shuffled, mlp, points, same_state
+from method_toys import FAST, Shuffled, images, mlp, points, residual, same_state
 from torch import nn
 
 from methods import masks
@@ -43,7 +43,7 @@ def kill_after(epochs: int):
     return callback
 
 
-# --- learning ----------------------------------------------------------------------------------------------------------
+# --- learning ------------------------------------------------------------
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
 def test_learns_a_separable_problem(optimizer):
     model, batches = mlp(), Shuffled(*points())
@@ -119,7 +119,7 @@ def test_a_mask_holds_throughout():
         assert (weights[name][mask[name]] != 0).all()
 
 
-# --- reproducibility and resume ----------------------------------------------------------------------------------------
+# --- reproducibility and resume ------------------------------------------------------------
 def test_the_same_seed_gives_the_same_numbers_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     results = []
@@ -193,7 +193,7 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["train.ckpt"]
 
 
-# --- failure -----------------------------------------------------------------------------------------------------------
+# --- failure ------------------------------------------------------------
 def test_divergence_stops_with_epoch_and_reason():
     config = TrainingConfig(optimizer="sgd", lr=1e30, momentum=0.0, schedule="constant")
     with pytest.raises(TrainingDiverged, match=r"diverged in epoch 0: .* not finite .*lower lr") as caught:
@@ -230,7 +230,7 @@ def test_bad_batches_are_refused_before_training(batches, error, words):
         train(mlp(), batches, Natural(), FAST, epochs=1)
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
+# --- parts ------------------------------------------------------------
 def test_schedules_follow_their_closed_forms():
     def rates(config: TrainingConfig, epochs: int = 10, steps: int = 4) -> list[float]:
         return [config.factor(Progress(e, epochs, s, steps)) for e in range(epochs) for s in range(steps)]
@@ -288,3 +288,21 @@ def test_history_round_trip_and_phases():
     assert isinstance(Natural(), Objective)
     assert CrossEntropy(0.1) != CrossEntropy()
     assert train(mlp(), [], Natural(), FAST, epochs=0) == History()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_mixed_precision_and_channels_last_on_cuda(tmp_path):
+    batches = images(48)
+    config = dataclasses.replace(FAST, amp=True, channels_last=True)
+    model = residual()
+    where = Checkpoint(tmp_path, seconds=0.0)
+    history = train(model, batches, Natural(), config, epochs=15, val=images(24, 1), device="cuda", checkpoint=where)
+    assert next(model.parameters()).is_cuda
+    assert all(p.is_contiguous() and p.dtype == torch.float32 for p in model.parameters())
+    assert history.selected().validation["score"] > 0.9
+    again = residual()
+    assert train(
+        again, batches, Natural(), config, epochs=15, val=images(24, 1), device="cuda", checkpoint=where
+    ) == history  # fmt: skip
+    assert same_state(again, model)

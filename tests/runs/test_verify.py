@@ -17,8 +17,8 @@ from torch import nn
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from certify import Status  # noqa: E402
-from runs import decide, instances, onnx, splitting, verify, vnnlib  # noqa: E402
+from certify import Status
+from runs import decide, instances, onnx, splitting, verify, vnnlib
 
 
 def net(inputs=2, outputs=2, seed=0, width=12):
@@ -368,8 +368,12 @@ def test_a_failed_instance_is_shown_and_does_not_stop_the_others(folder, capsys)
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [("", "lists no instances"), ("easy.onnx,easy.vnnlib\n", "line 1: expected network"), ("easy.onnx,easy.vnnlib,-1\n", "line 1")],
-)  # fmt: skip
+    [
+        ("", "lists no instances"),
+        ("easy.onnx,easy.vnnlib\n", "line 1: expected network"),
+        ("easy.onnx,easy.vnnlib,-1\n", "line 1: expected network"),
+    ],
+)
 def test_a_bad_list_is_refused(folder, rows, message):
     (folder / "list.csv").write_text(rows)
     with pytest.raises(instances.ListFailure, match=message):
