@@ -10,13 +10,14 @@ unit is decided go to a linear program.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from certify.bounds.ascent import Problems, ascend, limits
+from certify.bounds.ascent import Problems, Slopes, ascend, limits, tighten
 from certify.bounds.relunet import Lines, ReluNet
 
 
@@ -32,7 +33,10 @@ class Settings:
 
     columns: int = 512
     steps: int = 4
-    tried: int = 3
+    tried: int = 1
+    root_steps: int = 20
+    refresh_steps: int = 3
+    refresh_every: int | None = None
 
 
 @dataclasses.dataclass
@@ -42,6 +46,7 @@ class Tally:
     domains: int = 0
     depth: int = 0
     leaves: int = 0
+    refreshed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,32 @@ class _Open:
         return float(self.arrays["lower"][: self.count].min()) if self.count else float("inf")
 
 
+class _Tables:
+    """Bounds (U,) of all units in float64, shared by the subproblems of a subtree."""
+
+    def __init__(self, lo: Tensor, hi: Tensor) -> None:
+        self.count = 1
+        self._lo, self._hi = lo.unsqueeze(0).clone(), hi.unsqueeze(0).clone()
+
+    def add(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Store bounds (n, U); their numbers."""
+        end = self.count + len(lo)
+        if end > len(self._lo):
+            room = self._lo.new_empty(max(64, len(self._lo), len(lo)), lo.shape[1])
+            self._lo, self._hi = torch.cat([self._lo, room]), torch.cat([self._hi, room])
+        self._lo[self.count : end], self._hi[self.count : end] = lo, hi
+        numbers = torch.arange(self.count, end, dtype=torch.int32, device=lo.device)
+        self.count = end
+        return numbers
+
+    def read(self, number: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds (U, B) of subproblems with these tables, cut at 0 where `sign` (B, U) says so."""
+        number = number.long()
+        lo, hi = self._lo[number], self._hi[number]
+        lo, hi = torch.where(sign > 0, lo.clamp(min=0), lo), torch.where(sign < 0, hi.clamp(max=0), hi)
+        return lo.t().contiguous(), hi.t().contiguous()
+
+
 class Search:
     """The search on one image. `any_row`: a subproblem is decided when any row (or mixture of rows) is positive."""
 
@@ -107,9 +138,18 @@ class Search:
         settings: Settings,
         leaf: Callable[[Tensor, int | None], tuple[float, Tensor | None]],
         attack: Callable[[Tensor], Tensor | None],
+        slopes: Slopes,
     ) -> None:
         self.net, self.exact, self.margin, self.any_row, self.settings = net, exact, margin, any_row, settings
         self.leaf, self.attack = leaf, attack
+        self.slopes = slopes
+        self.tables = _Tables(exact.lo, exact.hi)
+        # Tightening all bounds of a subproblem costs as much as bounding this many subproblems; doing it once in a
+        # subtree of that size at most doubles the work, and shrinks the subtrees below.
+        columns = 2 * sum(b.undecided for b in net.blocks[1:])
+        cost = max(2.0, columns * settings.refresh_steps / settings.steps)
+        self.refresh_every = settings.refresh_every or max(3, round(math.log2(cost)))
+        self.refresh_at_once = max(1, 8192 // max(1, columns))
         self.tally = Tally()
         self.proven = float("inf")
         self.stuck = 0
@@ -138,9 +178,11 @@ class Search:
             if self.any_row
             else torch.eye(rows, dtype=net.lo.dtype, device=net.lo.device),
             "depth": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
+            "since": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
+            "table": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
         }
         open_ = _Open(self._store({**state, "unit": torch.zeros(columns, dtype=torch.int32, device=net.lo.device)}))
-        self._bound(open_, state, 20)
+        self._bound(open_, state, self.settings.root_steps)
         return open_
 
     @staticmethod
@@ -149,22 +191,50 @@ class Search:
 
     def _step(self, open_: _Open) -> None:
         parents = open_.pop(max(1, self.settings.columns // 2))
-        at = torch.arange(len(parents["lower"]), device=parents["lower"].device)
-        unit = parents.pop("unit").long()
         parents["theta"] = parents["theta"].to(self.net.lo.dtype)
+        unit = parents.pop("unit").long()
+        due = (parents["since"] >= self.refresh_every).nonzero().flatten()[: self.refresh_at_once]
+        if len(due):
+            self._refresh(open_, {name: value[due] for name, value in parents.items()})
+            rest = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
+            rest[due] = False
+            parents, unit = {name: value[rest] for name, value in parents.items()}, unit[rest]
+            if not len(unit):
+                return
+        at = torch.arange(len(unit), device=unit.device)
         parents["theta"][at, unit] = 0
         parents["depth"] = parents["depth"] + 1
+        parents["since"] = parents["since"] + 1
         children = {name: torch.cat([value, value]) for name, value in parents.items()}
         children["sign"][at, unit] = 1
         children["sign"][at + len(at), unit] = -1
         self._bound(open_, children, self.settings.steps)
 
+    def _refresh(self, open_: _Open, state: dict[str, Tensor]) -> None:
+        """Tighten the bounds of all undecided units of subproblems under their splits, then bound those again."""
+        lo, hi = self.tables.read(state["table"], state["sign"])
+        sign = state["sign"].t().contiguous()
+        for k in range(2, len(self.net.blocks) + 1):
+            tighten(self.net, self.exact, k, lo, hi, self.settings.refresh_steps, sign, self.slopes)
+        self.tally.refreshed += len(state["table"])
+        # Bounds that cross by more than rounding can make them show that no input satisfies the splits.
+        empty = (lo - hi > 1e-6 * (1 + lo.abs() + hi.abs())).any(0)
+        middle = (lo + hi) / 2
+        lo, hi = torch.where(lo > hi, middle, lo), torch.where(lo > hi, middle, hi)
+        left = (~empty).nonzero().flatten()
+        if not len(left):
+            return
+        state = {name: value[left] for name, value in state.items()}
+        state["table"] = self.tables.add(lo[:, left].t(), hi[:, left].t())
+        state["since"] = torch.zeros_like(state["since"])
+        self._bound(open_, state, self.settings.steps)
+
     def _bound(self, open_: _Open, state: dict[str, Tensor], steps: int) -> None:
         """Bound subproblems, drop what is decided, and put the rest with their next unit into `open_`."""
         net = self.net
         sign = state["sign"].t()
-        lo, hi = net.lo.unsqueeze(1), net.hi.unsqueeze(1)
-        lines = Lines.make(lo, hi, sign)
+        exact_lo, exact_hi = self.tables.read(state["table"], state["sign"])
+        lines = Lines.make(exact_lo.to(net.lo.dtype), exact_hi.to(net.lo.dtype), sign)
         low, high = limits(lines, sign)
         theta = state["theta"].t().clamp(low, high)
         weights = state["weights"].t()
@@ -180,7 +250,9 @@ class Search:
         lower = torch.maximum(best.lower, state["lower"])
         passed = (best.lower > self.margin).nonzero().flatten()
         if len(passed):
-            confirmed = self._confirm(sign[:, passed], best.theta[:, passed], state["weights"][passed].t())
+            confirmed = self._confirm(
+                exact_lo[:, passed], exact_hi[:, passed], sign[:, passed], best.theta[:, passed], state["weights"][passed]
+            )
             ok = confirmed > self.margin
             if bool(ok.any()):
                 self.proven = min(self.proven, float(confirmed[ok].min()))
@@ -212,11 +284,11 @@ class Search:
         kept.update(lower=lower[left], theta=best.theta[:, left].t(), unit=unit.to(torch.int32))
         open_.push(self._store(kept))
 
-    def _confirm(self, sign: Tensor, theta: Tensor, weights: Tensor) -> Tensor:
+    def _confirm(self, lo: Tensor, hi: Tensor, sign: Tensor, theta: Tensor, weights: Tensor) -> Tensor:
         exact = self.exact
-        lines = Lines.make(exact.lo.unsqueeze(1), exact.hi.unsqueeze(1), sign)
+        lines = Lines.make(lo, hi, sign)
         low, high = limits(lines, sign)
-        functional, constant = exact.start(weights.double())
+        functional, constant = exact.start(weights.t().double())
         lower, _, _ = exact.pull(functional, constant, len(exact.blocks) + 1, lines, theta.double().clamp(low, high))
         return lower
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from certify import bounds as engine
-from certify.perturbations import AffineFamily, Perturbation
-from certify.specs import Linear, Spec
+from certify import attack as attacks
+from certify.bounds import Graph, lower_rows, trace
+from certify.perturbations import AffineFamily, Box, Perturbation
+from certify.specs import Spec, margin, select
 from certify.verdicts import Budget, Certificate, Status, join
 
 INCOMPLETE = ("ibp", "crown-ibp", "crown")
@@ -63,18 +64,23 @@ def verify(
     if method not in METHODS:
         raise ValueError(f"unknown verifier {method!r}; choose one of {', '.join(METHODS)}")
     if model.training:
-        raise ValueError("the model is in training mode, where its answer depends on the batch; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where its answer depends on the batch; call model.eval() first"
+        )
     if not len(x):
         raise ValueError("no images to verify: the batch is empty")
     p.check(x)
     budget = budget or Budget()
     parts = []
     with torch.no_grad():
-        rows = spec.rows(model(x))
+        reference = model(x)
+        spec.rows(reference)  # a property that does not fit the network is refused before any work
         nets = _Precisions(model, x)
         for at in range(0, len(x), chunk):
-            part = slice(at, at + chunk)
-            task = _Chunk(nets, x[part], Linear(rows.C[part], rows.d[part]), p.select(part, len(x)), budget)
+            part = torch.arange(at, min(at + chunk, len(x)), device=x.device)
+            own = select(spec, reference, part)
+            task = _Chunk(nets, x[part], reference[part], own, p.select(part, len(x)), budget)
+            task.look()
             for stage in INCOMPLETE if method == "auto" else (method,):
                 task.bound(stage)
             if attack:
@@ -90,23 +96,26 @@ class _Precisions:
 
     def __init__(self, model: nn.Module, x: Tensor) -> None:
         self.model, self._example = model, x[:2]
-        self.given = engine.trace(model, self._example)[0].folded()
+        self.given = trace(model, self._example)[0].folded()
         self._double = None if x.dtype != torch.float64 else self.given
 
     @property
-    def double(self) -> engine.Graph:
+    def double(self) -> Graph:
         if self._double is None:
             model = copy.deepcopy(self.model).double()
-            self._double = engine.trace(model, self._example.double())[0].folded()
+            self._double = trace(model, self._example.double())[0].folded()
         return self._double
 
 
 class _Chunk:
     """The open and settled images of one chunk."""
 
-    def __init__(self, nets: _Precisions, x: Tensor, rows: Linear, p: Perturbation, budget: Budget) -> None:
-        self.nets, self.x, self.C, self.p, self.budget = nets, x, rows.C, p, budget
-        self.d = torch.as_tensor(rows.d)
+    def __init__(
+        self, nets: _Precisions, x: Tensor, reference: Tensor, spec: Spec, p: Perturbation, budget: Budget
+    ) -> None:
+        self.nets, self.x, self.reference, self.spec, self.p, self.budget = nets, x, reference, spec, p, budget
+        rows = spec.rows(reference)
+        self.C, self.d = rows.C, torch.as_tensor(rows.d)
         n = len(x)
         self.status = torch.full((n,), Status.UNKNOWN, dtype=torch.int64, device=x.device)
         self.lower = torch.full((n,), -math.inf, dtype=x.dtype, device=x.device)
@@ -115,13 +124,24 @@ class _Chunk:
         self.bounded = torch.zeros(n, dtype=torch.int64)
         k = p.parameters if isinstance(p, AffineFamily) else 0
         self.parameters = torch.full((n, k), math.nan, dtype=x.dtype, device=x.device) if k else None
-        self.size = self.C.abs().sum(2).mul(nets.given.forward(x).abs().amax(1, keepdim=True)).amax(1) + self.d.abs().amax(1)
+        outputs = reference.abs().amax(1, keepdim=True)
+        self.size = (self.C.abs().sum(2) * outputs + self.d.abs()).amax(1)
 
     def _open(self) -> Tensor:
         return (self.status == Status.UNKNOWN).nonzero().squeeze(1)
 
     def _spend(self, index: Tensor, start: float) -> None:
         self.seconds[index.cpu()] += (time.perf_counter() - start) / max(1, len(index))
+
+    def look(self) -> None:
+        """Settle images that already fail as they are (a misclassified image is its own counterexample)."""
+        if isinstance(self.p, Box):
+            return  # the images are reference points, not necessarily in the box
+        failed = margin(self.spec, self.reference, self.reference) <= 0
+        self.status[failed] = Status.VIOLATED
+        self.inputs[failed] = self.x[failed]
+        if self.parameters is not None:
+            self.parameters[failed] = 0
 
     def bound(self, method: str) -> None:
         """Bound the margins of the open images; close calls are settled in float64."""
@@ -140,10 +160,10 @@ class _Chunk:
         self.bounded[index.cpu()] += self.C.shape[1]
         self._spend(index, start)
 
-    def _margins(self, graph: engine.Graph, index: Tensor, method: str, dtype: torch.dtype) -> Tensor:
+    def _margins(self, graph: Graph, index: Tensor, method: str, dtype: torch.dtype) -> Tensor:
         x, C, d = (v[index].to(dtype) for v in (self.x, self.C, self.d))
         p = self.p.select(index, len(self.x))
-        return (engine.lower_rows(graph, x, p, method, C, self.budget.memory // 4) + d).amin(1)
+        return (lower_rows(graph, x, p, method, C, self.budget.memory // 4) + d).amin(1)
 
     def attack(self, seed: int) -> None:
         """Look for counterexamples among the open images."""
@@ -151,9 +171,7 @@ class _Chunk:
         if not len(index):
             return
         start = time.perf_counter()
-        spec = Linear(self.C[index], self.d[index])
-        from certify import attack as attacks
-
+        spec = select(self.spec, self.reference, index)
         found = attacks.attack(self.nets.model, self.x[index], spec, self.p.select(index, len(self.x)), seed=seed)
         broken = index[found.success]
         self.status[broken] = Status.VIOLATED

@@ -76,6 +76,8 @@ def bounds(
     if not isinstance(p, Linf | Box | L2 | AffineFamily):
         raise TypeError(f"auto-LiRPA cannot express {type(p).__name__}; use Linf, Box, L2 or an affine family")
     p.check(x)
+    if not available():
+        raise ModuleNotFoundError(INSTALL)
     library = _library()
     net = _prepare(model)
     with torch.no_grad():
@@ -169,14 +171,23 @@ def _box_input(library: types.ModuleType, lo: Tensor, hi: Tensor) -> Tensor:
 
 
 def _prepare(model: nn.Module) -> nn.Module:
-    """A frozen copy in eval mode, without the dropout layers (which make 0.3 fall back to training mode)."""
-    net = copy.deepcopy(model).eval().requires_grad_(False)
-    dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-    for parent in list(net.modules()):
+    """A frozen copy in eval mode, without dropout (which puts 0.3 in training mode), ReLU6 as two ReLUs (no rule)."""
+    holder = nn.Sequential(copy.deepcopy(model).eval().requires_grad_(False))
+    for parent in list(holder.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, dropouts):
+            if isinstance(child, _DROPOUTS):
                 setattr(parent, name, nn.Identity())
-    return nn.Identity() if isinstance(net, dropouts) else net
+            elif isinstance(child, nn.ReLU6):
+                setattr(parent, name, _TwoSided())
+    return holder[0].eval()
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class _TwoSided(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 6 - torch.relu(6 - torch.relu(x))
 
 
 def _identity_layer(x: Tensor) -> nn.Module:
@@ -307,8 +318,6 @@ def _quiet() -> Iterator[None]:
 @functools.lru_cache(maxsize=1)
 def _library() -> types.ModuleType:
     """The imported library, with the repairs that release 0.3 needs on a current torch and numpy."""
-    if not available():
-        raise ModuleNotFoundError(INSTALL)
     with _quiet():
         if not importlib.metadata.version("auto-LiRPA").startswith("0.3"):
             return importlib.import_module("auto_LiRPA")

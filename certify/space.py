@@ -47,8 +47,7 @@ class Space:
 
     def at(self, index: Tensor) -> Space:
         radius = None if self.radius is None else self.radius[index]
-        box = {"lo": self.lo[index], "hi": self.hi[index], "half": self.half[index]}
-        return dataclasses.replace(self, x=self.x[index], radius=radius, **box)
+        return Space(self.p, self.x[index], self.lo[index], self.hi[index], self.half[index], radius, self.bounded)
 
     @property
     def affine(self) -> bool:

@@ -96,7 +96,7 @@ _DATA: Mapping[str, str] = {
     "CIFAR10": "cifar10",
     "celeba-hq": "celeba_hq",
 }
-_COMPLETE = ("auto", "bab", "complete")
+_COMPLETE = ("bab", "complete", "milp")
 
 
 def _rows(name: str) -> list[dict[str, str]]:
@@ -202,11 +202,12 @@ def compare(cell: Cell, perturbation: Perturb) -> Comparison | None:
     A row bears on a cell when method, data family and perturbation kind agree; everything else that differs is a reason
     against comparing.
     """
+    family = cell.data.name.partition(":")[0]
     found: list[tuple[tuple[float, ...], Comparison]] = []
     for printed in load():
         if printed.method != cell.pruning.method or printed.perturbation is None:
             continue
-        if printed.data != cell.data.name and not cell.data.name.startswith(f"{printed.data}_"):
+        if printed.data != family and not family.startswith(f"{printed.data}_"):
             continue
         if printed.perturbation.kind != perturbation.kind:
             continue

@@ -16,7 +16,7 @@ from certify.bounds.region import Region, attach
 from certify.bounds.trace import trace
 from certify.perturbations import Perturbation
 
-__all__ = ["METHODS", "Graph", "Network", "Region", "UnsupportedOperation", "attach", "bounds", "trace"]
+__all__ = ["METHODS", "Graph", "Network", "Region", "UnsupportedOperation", "attach", "bounds", "lower_rows", "trace"]
 
 METHODS = ("ibp", "crown-ibp", "crown")
 Output = tuple[Tensor, Tensor]

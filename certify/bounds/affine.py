@@ -144,7 +144,7 @@ class Reshape(Affine):
 class NonNegative(Affine):
     """A linear map whose matrix has no negative entry, given as a function on batches, such as average pooling.
 
-    The adjoint is the function's vector-Jacobian product, so slicing, permuting, padding, means and (adaptive) average
+    The adjoint is the function's gradient, so slicing, permuting, padding, means and (adaptive) average
     pooling need no formula of their own.
     """
 
@@ -168,9 +168,11 @@ class NonNegative(Affine):
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
         c = c.dense()
         flat = c.flat()
-        at = torch.zeros(len(flat), *self.before, dtype=flat.dtype, device=flat.device)
-        _, pull = torch.func.vjp(self.function, at)
-        return (c.like(pull(flat)[0]),)
+        at = torch.zeros(len(flat), *self.before, dtype=flat.dtype, device=flat.device, requires_grad=True)
+        with torch.enable_grad():
+            value = self.function(at)
+        (pulled,) = torch.autograd.grad(value, at, flat, create_graph=flat.requires_grad)
+        return (c.like(pulled),)
 
 
 class Add(Affine):

@@ -120,52 +120,70 @@ def ascend(net: ReluNet, problems: Problems, iterations: int, target: float, rat
     return Ascended(lower, theta, weights, kept, gradient, best_x)
 
 
+Slopes = dict[int, tuple[Tensor, Tensor]]
+
+
 def tighten(
-    net: ReluNet, exact: ReluNet, k: int, lo: Tensor, hi: Tensor, iterations: int, memory: int = 1 << 27
-) -> tuple[Tensor, Tensor]:
-    """Root bounds of the undecided units of block k by dual ascent, confirmed in the arithmetic of `exact`.
+    net: ReluNet,
+    exact: ReluNet,
+    k: int,
+    lo: Tensor,
+    hi: Tensor,
+    steps: int,
+    sign: Tensor | None = None,
+    slopes: Slopes | None = None,
+    memory: int = 1 << 26,
+) -> None:
+    """Tighten the bounds of block k's undecided units by dual ascent, confirmed in the arithmetic of `exact`.
 
     Args:
         net: the network in the dtype that is searched in.
         exact: the same network in float64.
         k: the block.
-        lo, hi: (U,) bounds of all undecided units so far, float64.
-        iterations: steps of ascent.
+        lo, hi: (U, B) float64 bounds of all undecided units in B subproblems; block k's rows are updated in place, and
+            may cross where a subproblem is empty.
+        steps: steps of ascent.
+        sign: (U, B) the splits of each subproblem, None for none.
+        slopes: parameters to start from, for lower and upper bounds of each block: (undecided units of k, units below).
+            Where they have no entry for k they are started at CROWN's and the ones found for problem 0 are stored.
         memory: bytes for working tensors.
-
-    Returns:
-        Bounds of block k's undecided units, never looser than those in `lo` and `hi`.
     """
-    span = net.span(k)
-    new_lo, new_hi = lo[span].clone(), hi[span].clone()
-    units = ((new_lo < 0) & (new_hi > 0)).nonzero().flatten()
-    below = net.offsets[k - 1]
-    if not len(units) or not below:
-        return new_lo, new_hi
-    chosen = torch.cat([units, units])
-    sign = torch.cat([torch.ones_like(units), -torch.ones_like(units)])
+    span, below = net.span(k), net.offsets[k - 1]
+    if not below:
+        return
+    open_ = (lo[span] < 0) & (hi[span] > 0)
+    if sign is not None:
+        open_ &= sign[span] == 0
+    units, problem = open_.nonzero(as_tuple=True)
+    start = (slopes or {}).get(k)
+    record = start is None and slopes is not None
+    if start is None:
+        same = crown_slopes(lo[:below, 0], hi[:below, 0]).to(net.lo.dtype).repeat(lo[span].shape[0], 1)
+        start = (same, same.clone())
+    if record and slopes is not None:
+        slopes[k] = start
     chunk = max(1, memory // (net.lo.element_size() * (12 * below + 3 * len(net.middle))))
-    for at in range(0, len(chosen), chunk):
-        some, signs = chosen[at : at + chunk], sign[at : at + chunk]
-        best = ascend(net, _unit_problems(net, k, some, signs, lo, hi), iterations, target=0.0)
-        again = _unit_problems(exact, k, some, signs, lo, hi)
-        bound, _, _ = exact.pull(again.functional, again.constant, k, again.lines, best.theta.double())
-        up = signs > 0
-        new_lo[some[up]] = torch.maximum(new_lo[some[up]], bound[up])
-        new_hi[some[~up]] = torch.minimum(new_hi[some[~up]], -bound[~up])
-    # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
-    return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
-
-
-def _unit_problems(net: ReluNet, k: int, units: Tensor, sign: Tensor, lo: Tensor, hi: Tensor) -> Problems:
-    """Lower bounds of ``sign * z`` for undecided units of block k, from the CROWN slopes."""
-    dtype = net.lo.dtype
-    below = net.offsets[k - 1]
-    lines = Lines.make(lo[:below, None].to(dtype), hi[:below, None].to(dtype))
-    functional, constant = net.start_units(k, units, sign.to(dtype))
-    theta = crown_slopes(lo[:below].to(dtype), hi[:below].to(dtype)).unsqueeze(1).repeat(1, len(units))
-    low, high = limits(lines)
-    return Problems(k, functional, constant, lines, theta, low, high)
+    for at in range(0, len(units), chunk):
+        u, b = units[at : at + chunk], problem[at : at + chunk]
+        for side, way in enumerate((1.0, -1.0)):
+            splits = None if sign is None else sign[:below, b]
+            some_lo, some_hi = lo[:below, b], hi[:below, b]
+            lines = Lines.make(some_lo.to(net.lo.dtype), some_hi.to(net.lo.dtype), splits)
+            low, high = limits(lines, splits)
+            functional, constant = net.start_units(k, u, torch.full_like(u, way, dtype=net.lo.dtype))
+            theta = start[side][u].t().clamp(low, high)
+            best = ascend(net, Problems(k, functional, constant, lines, theta, low, high), steps, target=0.0)
+            if record:
+                start[side][u] = best.theta.t()
+            functional, constant = exact.start_units(k, u, torch.full_like(u, way, dtype=lo.dtype))
+            lines = Lines.make(some_lo, some_hi, splits)
+            low, high = limits(lines, splits)
+            bound, _, _ = exact.pull(functional, constant, k, lines, best.theta.double().clamp(low, high))
+            row = u + span.start
+            if way > 0:
+                lo[row, b] = torch.maximum(lo[row, b], bound)
+            else:
+                hi[row, b] = torch.minimum(hi[row, b], -bound)
 
 
 def crown_slopes(lo: Tensor, hi: Tensor) -> Tensor:

@@ -13,17 +13,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from certify.bounds.activations import ReLU
 from certify.bounds.graph import Graph
 from certify.bounds.op import Activation, Affine, Coefficients, Interval, Relaxation
 from certify.bounds.pooling import MaxPool2d, PoolRelaxation
 from certify.bounds.region import Region
-from certify.bounds.windows import Neurons
+from certify.bounds.windows import Maps, Neurons
 
 Lines = dict[int, Relaxation | PoolRelaxation]
 # An adjustment of the functionals at a node, such as the multipliers of split constraints in beta-CROWN.
 Adjust = Callable[[int, Coefficients], Coefficients]
-Stop = Callable[[int, Coefficients, Tensor], Tensor | None]
 
 
 def relaxations(graph: Graph, found: list[Interval], upto: int | None = None) -> Lines:
@@ -54,18 +52,9 @@ def backward(
 
 
 def linear_bound(
-    graph: Graph,
-    found: list[Interval],
-    lines: Lines,
-    start: int,
-    c: Coefficients,
-    adjust: Adjust | None = None,
-    stop: Stop | None = None,
+    graph: Graph, found: list[Interval], lines: Lines, start: int, c: Coefficients, adjust: Adjust | None = None
 ) -> tuple[Tensor, Coefficients | None]:
-    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together.
-
-    `stop` is asked wherever all functionals meet at the input of an activation; it may return the entries to go on with.
-    """
+    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together."""
     pending: dict[int, Coefficients] = {start: c}
     total = c.data.new_zeros(c.lead)
     while pending:
@@ -97,13 +86,6 @@ def linear_bound(
             parts = ()
         for i, part in zip(node.inputs, parts):
             pending[i] = pending[i].plus(part) if i in pending else part
-        if stop is not None and len(pending) == 1 and isinstance(node.op, Activation):
-            (at, c), = pending.items()
-            kept = stop(at, c, total)
-            if kept is not None:
-                total, pending = total[kept], {at: c.keep(kept)}
-                if not len(kept):
-                    return total, None
     return total, None
 
 
@@ -137,12 +119,11 @@ def undecided(graph: Graph, readers: list[list[int]], index: int, interval: Inte
     for reader in readers[index]:
         op = graph.operation(reader)
         if isinstance(op, MaxPool2d):
-            asked: Tensor | None = op.contested(*interval)
+            asked = op.contested(*interval)
         elif isinstance(op, Activation):
             asked = op.unstable(*interval)
             beyond = undecided(graph, readers, reader, op.interval(interval))
-            if beyond is not None:
-                asked = asked | beyond
+            asked = asked if beyond is None else asked | beyond
         else:
             continue
         where = asked if where is None else where | asked
@@ -159,10 +140,11 @@ def _tighten(
     widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: index + 1])
     chunk = max(1, memory // (16 * lo.element_size() * widest))
     lower, upper = [], []
+    maps = Maps()
     for at in range(0, len(image), chunk):
         part = slice(at, at + chunk)
-        start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype)
-        ends = _both_ends(graph, region, found, lines, index, start)
+        start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype, maps)
+        ends = backward(graph, region, found, lines, index, start)
         lower.append(ends[:, 0])
         upper.append(-ends[:, 1])
     flat = image * where[0].numel() + entry
@@ -170,38 +152,6 @@ def _tighten(
     new_hi = hi.flatten().index_put((flat,), torch.minimum(hi.flatten()[flat], torch.cat(upper))).reshape(hi.shape)
     # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
-
-
-def _both_ends(
-    graph: Graph, region: Region, found: list[Interval], lines: Lines, index: int, start: Neurons
-) -> Tensor:
-    """Lower bounds of each neuron and its negative (A, 2).
-
-    On the way back the functionals are also bounded at every activation's input, where tight intervals are known; a
-    neuron whose sign that settles goes no further (as in GPUPoly, Mueller et al., 2021).
-    """
-    best = start.data.new_full(start.lead, -torch.inf)
-    alive = torch.arange(len(best), device=best.device)
-    worthwhile = any(isinstance(graph.operation(r), ReLU) for r in graph.consumers()[index])
-
-    def stop(at: int, c: Coefficients, constant: Tensor) -> Tensor | None:
-        nonlocal alive, worthwhile
-        if not worthwhile:
-            return None
-        bound = constant + Region(*found[at]).lower(c)
-        best[alive] = bound
-        open_ = ((bound <= 0).all(1)).nonzero().squeeze(1)
-        worthwhile = len(open_) < 0.9 * len(alive)
-        if len(open_) > 0.8 * len(alive):
-            return None
-        alive = alive[open_]
-        return open_
-
-    total, at_input = linear_bound(graph, found, lines, index, start, stop=stop)
-    if at_input is not None and len(alive):
-        total = total + region.lower(at_input)
-    best[alive] = total
-    return best
 
 
 def crown_rows(graph: Graph, region: Region, found: list[Interval], C: Tensor, memory: int = 1 << 28) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -51,14 +52,9 @@ class Coefficients:
         """Functionals of another node from `flat` (A * R, *shape), in this layout."""
         return Coefficients(flat.unflatten(0, self.lead), self.image, flat.ndim - 1)
 
-    def replace(self, data: Tensor) -> Coefficients:
-        """The same rows with other numbers."""
+    def replace(self, data: Tensor, inside: bool = False) -> Coefficients:
+        """The same rows with other numbers; `inside` promises that they are zero outside the node (windows only)."""
         return Coefficients(data, self.image, self.rank)
-
-    def keep(self, which: Tensor) -> Coefficients:
-        """Some of the entries, by index; indexed layout only."""
-        assert self.image is not None
-        return Coefficients(self.data[which], self.image[which], self.rank)
 
     def gather(self, value: Tensor) -> Tensor:
         """`value` (N, *shape), or (A, R, *shape) as it is, lined up with `data` for elementwise work."""
@@ -108,6 +104,11 @@ class Relaxation:
     bias_lo: Tensor | None
     slope_hi: Tensor
     bias_hi: Tensor | None
+
+    @functools.cached_property
+    def slope_gap(self) -> Tensor:
+        """``slope_hi - slope_lo``."""
+        return self.slope_hi - self.slope_lo
 
 
 class Op(abc.ABC):
@@ -179,8 +180,9 @@ class Activation(Op):
             lower = c.replace(c.data - negative).dot(r.bias_lo)
             constant = lower if constant is None else constant + lower
         # Positive weights take the lower line and negative ones the upper: lo c + (hi - lo) min(c, 0).
-        data = torch.addcmul(c.data * c.gather(r.slope_lo), negative, c.gather(r.slope_hi - r.slope_lo))
-        return c.replace(data), c.data.new_zeros(c.lead) if constant is None else constant
+        data = torch.addcmul(c.data * c.gather(r.slope_lo), negative, c.gather(r.slope_gap))
+        # What is cut from the lines outside a map is zero, and so is the product.
+        return c.replace(data, inside=True), c.data.new_zeros(c.lead) if constant is None else constant
 
     @abc.abstractmethod
     def unstable(self, lo: Tensor, hi: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ class MaxPool2d(Op):
         height, width = value.shape[2:]
         rows, cols = out.shape[2:]
         # Enough padding on the far side for the windows that ceil_mode adds.
-        reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip((rows, cols), self.stride, self.dilation, self.kernel)]
+        reach = [
+            (o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip((rows, cols), self.stride, self.dilation, self.kernel)
+        ]
         far = [max(0, r - size - p) for r, size, p in zip(reach, (height, width), self.padding)]
         padded = F.pad(value, (self.padding[1], far[1], self.padding[0], far[0]), value=-torch.inf)
         cuts = []

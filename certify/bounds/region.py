@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -23,10 +24,19 @@ class Region:
     centre: Tensor | None = None
     radius: Tensor | None = None
 
+    @functools.cached_property
+    def middle(self) -> Tensor:
+        """The middle of the box."""
+        return (self.lo + self.hi) / 2
+
+    @functools.cached_property
+    def half(self) -> Tensor:
+        """Half its width."""
+        return (self.hi - self.lo) / 2
+
     def lower(self, c: Coefficients) -> Tensor:
         """The smallest value of each functional over the region (a lower bound of it for a ball cut by a box)."""
-        middle, half = (self.lo + self.hi) / 2, (self.hi - self.lo) / 2
-        value = c.dot(middle) - c.replace(c.data.abs()).dot(half)
+        value = c.dot(self.middle) - c.replace(c.data.abs()).dot(self.half)
         if self.centre is None or self.radius is None:
             return value
         c = c.dense()

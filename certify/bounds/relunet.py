@@ -416,9 +416,7 @@ def _spread(value: Tensor, shape: tuple[int, ...]) -> Array:
     return np.asarray(value.detach().double().expand(shape).reshape(-1).cpu().numpy())
 
 
-def _adjoint(
-    op: Affine, c: Matrix, shapes: list[tuple[int, ...]], device: torch.device
-) -> list[Matrix]:
+def _adjoint(op: Affine, c: Matrix, shapes: list[tuple[int, ...]], device: torch.device) -> list[Matrix]:
     """``c A`` for functionals c of an affine operation's values, one matrix an input."""
     if isinstance(op, Reshape):
         return [c]

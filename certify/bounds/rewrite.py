@@ -44,7 +44,9 @@ def relu_form(graph: Graph, found: list[Interval]) -> Graph:
         elif isinstance(op, MaxPool2d):
             number[index] = _max_pool(builder, inputs[0], op, float(found[node.inputs[0]][0].min()), node.shape)
         else:
-            raise UnsupportedOperation(f"{op.label} is not piecewise linear, so it cannot be decided by splitting ReLUs")
+            raise UnsupportedOperation(
+                f"{op.label} is not piecewise linear, so it cannot be decided by splitting ReLUs"
+            )
     return Graph(builder.nodes, number[graph.output])
 
 
@@ -125,9 +127,7 @@ def _window_entries(op: MaxPool2d, shape: tuple[int, ...]) -> list[Callable[[Ten
         right = slice(left, left + (cols - 1) * op.stride[1] + 1, op.stride[1])
         return lambda x: F.pad(x, pads)[:, :, down, right]
 
-    return [
-        entry(i * op.dilation[0], j * op.dilation[1]) for i in range(op.kernel[0]) for j in range(op.kernel[1])
-    ]
+    return [entry(i * op.dilation[0], j * op.dilation[1]) for i in range(op.kernel[0]) for j in range(op.kernel[1])]
 
 
 __all__ = ["relu_form"]

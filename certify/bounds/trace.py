@@ -24,7 +24,8 @@ from certify.bounds.op import Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d
 from certify.bounds.softmax import Softmax
 
-Handler = Callable[..., "tuple[Op | None, tuple[Tensor, ...]]"]
+Handled = tuple[Op | None, tuple[Tensor, ...]]  # the operation (None: it changes nothing) and the values it reads
+Handler = Callable[..., Handled]
 HANDLERS: dict[str, Handler] = {}
 
 # What may be asked of a traced value without making a new one.
@@ -44,7 +45,8 @@ def trace(model: nn.Module, x: Tensor, check: bool = True) -> tuple[Graph, Tenso
     """The graph of `model` in its present mode, and its output on `x` (N, ...).
 
     In training mode batch normalisation uses the statistics of this batch, as the forward pass does, and updates its
-    running statistics; gradients reach the parameters through the graph's tensors.
+    running statistics; gradients reach the parameters through the graph's tensors. `check` looks at the weights, and
+    holds the graph against the model on `x` (in evaluation mode); a training step leaves both out.
 
     Raises:
         UnsupportedOperation: for a step without a sound bound, naming it and its module.
@@ -53,10 +55,19 @@ def trace(model: nn.Module, x: Tensor, check: bool = True) -> tuple[Graph, Tenso
     for name, value in [*model.named_parameters(), *model.named_buffers()] if check else []:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinity; no bound is meaningful. Reload or retrain the model")
-    return _trace(model, x)
+    graph, output = _record(model, x)
+    if check and not model.training:
+        with torch.no_grad():
+            difference = (graph.forward(x) - output).abs().amax().item()
+            if not difference <= 1e-3 * (1 + output.abs().amax().item()):
+                raise UnsupportedOperation(
+                    f"the recorded operations compute something else than the model (outputs differ by {difference:.3g}); "
+                    "it may write into a tensor that it has a view of, or draw random numbers"
+                )
+    return graph, output
 
 
-def _trace(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor]:
+def _record(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor]:
     recorder = _Recorder(len(x))
     x = x.detach()
     recorder.add(None, (), x)
@@ -156,10 +167,9 @@ class _Recorder(TorchFunctionMode):
             assert source is not None
             self._index[id(value)] = source
             self._alive.append(value)
-            return value
-        if isinstance(value, (list, tuple)):
-            for part, part_op in zip(value, op, strict=True):  # type: ignore[arg-type]
-                self.add(part_op, self._sources(sources), part)
+        elif isinstance(value, (list, tuple)):
+            for position, part in enumerate(value):
+                self.add(_piece(op, position), self._sources(sources), part)
         else:
             self.add(op, self._sources(sources), value)
         return value
@@ -215,7 +225,7 @@ def _constant(recorder: _Recorder, value: Any, x: Tensor) -> Tensor:
 def _conv2d(
     r: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
     dilation: Any = 1, groups: int = 1,
-) -> tuple[Op | None, tuple[Tensor, ...]]:  # fmt: skip
+) -> Handled:  # fmt: skip
     _need_constant(r, weight, "the weight of a convolution")
     stride, dilation = _pair(stride), _pair(dilation)
     if padding == "same":
@@ -228,24 +238,20 @@ def _conv2d(
 
 
 @_handles("linear")
-def _linear(
-    r: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _linear(r: _Recorder, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Handled:
     _need_constant(r, weight, "the weight of a linear layer")
     return Linear(weight, bias), (input,)
 
 
 @_handles("matmul", "__matmul__", "mm")
-def _matmul(r: _Recorder, input: Tensor, other: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _matmul(r: _Recorder, input: Tensor, other: Tensor) -> Handled:
     if r.find(input) is None or r.find(other) is not None or other.ndim != 2:
         raise UnsupportedOperation(f"matmul in module {r.path!r} is bounded only as (traced) @ (constant matrix)")
     return Linear(other.t(), None), (input,)
 
 
 @_handles("addmm")
-def _addmm(
-    r: _Recorder, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _addmm(r: _Recorder, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Handled:
     if r.find(mat1) is None or r.find(mat2) is not None or r.find(input) is not None or (beta, alpha) != (1, 1):
         raise UnsupportedOperation(
             f"addmm in module {r.path!r} is bounded only as constant + (traced) @ (constant matrix)"
@@ -257,7 +263,7 @@ def _addmm(
 def _batch_norm(
     r: _Recorder, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> tuple[Op | None, tuple[Tensor, ...]]:  # fmt: skip
+) -> Handled:  # fmt: skip
     if training or running_mean is None or running_var is None:
         axes = [axis for axis in range(input.ndim) if axis != 1]
         variance, mean = torch.var_mean(input, axes, correction=0)
@@ -274,31 +280,29 @@ def _batch_norm(
 
 
 @_handles("relu")
-def _relu(r: _Recorder, input: Tensor, inplace: bool = False) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _relu(r: _Recorder, input: Tensor, inplace: bool = False) -> Handled:
     return activations.ReLU(), (input,)
 
 
 @_handles("leaky_relu")
-def _leaky_relu(
-    r: _Recorder, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _leaky_relu(r: _Recorder, input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Handled:
     return activations.LeakyReLU(negative_slope), (input,)
 
 
 @_handles("relu6")
-def _relu6(r: _Recorder, input: Tensor, inplace: bool = False) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _relu6(r: _Recorder, input: Tensor, inplace: bool = False) -> Handled:
     return activations.Clamp(0.0, 6.0), (input,)
 
 
 @_handles("hardtanh")
 def _hardtanh(
     r: _Recorder, input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+) -> Handled:
     return activations.Clamp(float(min_val), float(max_val)), (input,)
 
 
 @_handles("clamp", "clip")
-def _clamp(r: _Recorder, input: Tensor, min: Any = None, max: Any = None) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _clamp(r: _Recorder, input: Tensor, min: Any = None, max: Any = None) -> Handled:
     ends = []
     for value, default in ((min, -math.inf), (max, math.inf)):
         if isinstance(value, Tensor) and value.numel() != 1:
@@ -308,29 +312,27 @@ def _clamp(r: _Recorder, input: Tensor, min: Any = None, max: Any = None) -> tup
 
 
 @_handles("clamp_min")
-def _clamp_min(r: _Recorder, input: Tensor, min: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _clamp_min(r: _Recorder, input: Tensor, min: Any) -> Handled:
     return _clamp(r, input, min)
 
 
 @_handles("clamp_max")
-def _clamp_max(r: _Recorder, input: Tensor, max: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _clamp_max(r: _Recorder, input: Tensor, max: Any) -> Handled:
     return _clamp(r, input, None, max)
 
 
 @_handles("sigmoid")
-def _sigmoid(r: _Recorder, input: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _sigmoid(r: _Recorder, input: Tensor) -> Handled:
     return activations.sigmoid(), (input,)
 
 
 @_handles("tanh")
-def _tanh(r: _Recorder, input: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _tanh(r: _Recorder, input: Tensor) -> Handled:
     return activations.tanh(), (input,)
 
 
 @_handles("softmax")
-def _softmax(
-    r: _Recorder, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _softmax(r: _Recorder, input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: Any = None) -> Handled:
     if dim is None:
         raise UnsupportedOperation(f"softmax without dim in module {r.path!r}; give the axis")
     axis = dim % input.ndim
@@ -343,7 +345,7 @@ def _softmax(
 def _max_pool2d(
     r: _Recorder, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
     ceil_mode: bool = False, return_indices: bool = False,
-) -> tuple[Op | None, tuple[Tensor, ...]]:  # fmt: skip
+) -> Handled:  # fmt: skip
     if return_indices:
         raise UnsupportedOperation(f"max_pool2d with return_indices in module {r.path!r}")
     kernel = _pair(kernel_size)
@@ -355,7 +357,7 @@ def _max_pool2d(
 def _avg_pool2d(
     r: _Recorder, input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, ceil_mode: bool = False,
     count_include_pad: bool = True, divisor_override: int | None = None,
-) -> tuple[Op | None, tuple[Tensor, ...]]:  # fmt: skip
+) -> Handled:  # fmt: skip
     def pool(v: Tensor) -> Tensor:
         return F.avg_pool2d(v, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
@@ -363,7 +365,7 @@ def _avg_pool2d(
 
 
 @_handles("adaptive_avg_pool2d")
-def _adaptive_avg_pool2d(r: _Recorder, input: Tensor, output_size: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _adaptive_avg_pool2d(r: _Recorder, input: Tensor, output_size: Any) -> Handled:
     return NonNegative(
         lambda v: F.adaptive_avg_pool2d(v, output_size), tuple(input.shape[1:]), "adaptive_avg_pool2d"
     ), (input,)
@@ -381,25 +383,19 @@ def _axes(dim: Any, input: Tensor) -> tuple[int, ...]:
 
 
 @_handles("mean")
-def _mean(
-    r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _mean(r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Handled:
     axes = _axes(dim, input)
     return NonNegative(lambda v: v.mean(axes, keepdim), tuple(input.shape[1:]), "mean"), (input,)
 
 
 @_handles("sum")
-def _sum(
-    r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _sum(r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Handled:
     axes = _axes(dim, input)
     return NonNegative(lambda v: v.sum(axes, keepdim), tuple(input.shape[1:]), "sum"), (input,)
 
 
 @_handles("dropout", "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout")
-def _dropout(
-    r: _Recorder, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _dropout(r: _Recorder, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Handled:
     if training and p > 0:
         raise UnsupportedOperation(
             f"dropout in module {r.path!r} is active; its random mask has no fixed bound. Call model.eval() or set p = 0"
@@ -408,7 +404,7 @@ def _dropout(
 
 
 @_handles("identity", "contiguous", "clone", "to", "float", "double", "detach", "alias")
-def _identity(r: _Recorder, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _identity(r: _Recorder, input: Tensor, *args: Any, **kwargs: Any) -> Handled:
     return None, (input,)
 
 
@@ -417,7 +413,7 @@ def _blank(input: Tensor) -> Tensor:
     return torch.empty(()).expand(input.shape)
 
 
-def _merged(r: _Recorder, input: Tensor, after: tuple[int, ...]) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _merged(r: _Recorder, input: Tensor, after: tuple[int, ...]) -> Handled:
     if not after or after[0] != len(input):
         raise ValueError(
             f"a reshape in module {r.path!r} does not keep the batch axis: {tuple(input.shape)} to {after}"
@@ -426,20 +422,18 @@ def _merged(r: _Recorder, input: Tensor, after: tuple[int, ...]) -> tuple[Op | N
 
 
 @_handles("flatten")
-def _flatten_op(
-    r: _Recorder, input: Tensor, start_dim: int = 0, end_dim: int = -1
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _flatten_op(r: _Recorder, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Handled:
     return _merged(r, input, tuple(_blank(input).flatten(start_dim, end_dim).shape))
 
 
 @_handles("view", "reshape")
-def _view(r: _Recorder, input: Tensor, *shape: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _view(r: _Recorder, input: Tensor, *shape: Any) -> Handled:
     size = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
     return _merged(r, input, tuple(_blank(input).reshape(size).shape))
 
 
 @_handles("squeeze")
-def _squeeze(r: _Recorder, input: Tensor, dim: Any = None) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _squeeze(r: _Recorder, input: Tensor, dim: Any = None) -> Handled:
     if dim is None and len(input) == 1:
         raise UnsupportedOperation(f"squeeze() without dim in module {r.path!r} may drop the batch axis; give the axis")
     empty = _blank(input)
@@ -447,12 +441,12 @@ def _squeeze(r: _Recorder, input: Tensor, dim: Any = None) -> tuple[Op | None, t
 
 
 @_handles("unsqueeze")
-def _unsqueeze(r: _Recorder, input: Tensor, dim: int) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _unsqueeze(r: _Recorder, input: Tensor, dim: int) -> Handled:
     return _merged(r, input, tuple(_blank(input).unsqueeze(dim).shape))
 
 
 @_handles("permute")
-def _permute(r: _Recorder, input: Tensor, *dims: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _permute(r: _Recorder, input: Tensor, *dims: Any) -> Handled:
     order = tuple(d % input.ndim for d in (dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims))
     if order[0] != 0:
         raise ValueError(f"a permutation in module {r.path!r} moves the batch axis")
@@ -460,7 +454,7 @@ def _permute(r: _Recorder, input: Tensor, *dims: Any) -> tuple[Op | None, tuple[
 
 
 @_handles("transpose", "swapaxes")
-def _transpose(r: _Recorder, input: Tensor, dim0: int, dim1: int) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _transpose(r: _Recorder, input: Tensor, dim0: int, dim1: int) -> Handled:
     order = list(range(input.ndim))
     a, b = dim0 % input.ndim, dim1 % input.ndim
     order[a], order[b] = order[b], order[a]
@@ -468,9 +462,7 @@ def _transpose(r: _Recorder, input: Tensor, dim0: int, dim1: int) -> tuple[Op | 
 
 
 @_handles("pad")
-def _pad(
-    r: _Recorder, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _pad(r: _Recorder, input: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Handled:
     pad = tuple(int(p) for p in pad)
     if mode == "constant" and value not in (None, 0, 0.0):
         raise UnsupportedOperation(
@@ -482,20 +474,42 @@ def _pad(
 
 
 @_handles("getitem", "__getitem__")
-def _getitem(r: _Recorder, input: Tensor, index: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _getitem(r: _Recorder, input: Tensor, index: Any) -> Handled:
     first = index[0] if isinstance(index, tuple) and index else index
     if not (first is Ellipsis or first == slice(None)):
         raise ValueError(f"indexing in module {r.path!r} does not keep the whole batch axis: {index!r}")
     return NonNegative(lambda v: v[index], tuple(input.shape[1:]), "indexing"), (input,)
 
 
-@_handles("chunk", "split", "unbind", "tensor_split")
-def _pieces(r: _Recorder, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, tuple[Tensor, ...]]:
-    raise UnsupportedOperation(f"splitting in module {r.path!r} is not bounded; index with slices instead")
+@_handles("chunk", "tensor_split")
+def _chunk(r: _Recorder, input: Tensor, chunks: Any, dim: int = 0) -> Handled:
+    return _pieces(r, input, "chunk", chunks, dim)
+
+
+@_handles("split")
+def _split(r: _Recorder, input: Tensor, split_size_or_sections: Any, dim: int = 0) -> Handled:
+    return _pieces(r, input, "split", split_size_or_sections, dim)
+
+
+@_handles("unbind")
+def _unbind(r: _Recorder, input: Tensor, dim: int = 0) -> Handled:
+    return _pieces(r, input, "unbind", dim)
+
+
+def _pieces(r: _Recorder, input: Tensor, name: str, *arguments: Any) -> Handled:
+    if arguments[-1] % input.ndim == 0:
+        raise ValueError(f"{name} in module {r.path!r} cuts the batch axis")
+    return NonNegative(lambda v: getattr(v, name)(*arguments), tuple(input.shape[1:]), name), (input,)
+
+
+def _piece(op: Op, position: int) -> Op:
+    """One of the results of an operation that returns several."""
+    assert isinstance(op, NonNegative)
+    return NonNegative(lambda v: op.function(v)[position], op.before, op.name)
 
 
 @_handles("cat", "concat", "concatenate")
-def _cat(r: _Recorder, tensors: Any, dim: int = 0) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _cat(r: _Recorder, tensors: Any, dim: int = 0) -> Handled:
     tensors = tuple(tensors)
     if any(r.find(t) is None for t in tensors):
         raise UnsupportedOperation(f"concatenation with a constant in module {r.path!r}")
@@ -505,7 +519,7 @@ def _cat(r: _Recorder, tensors: Any, dim: int = 0) -> tuple[Op | None, tuple[Ten
     return Cat(axis, tuple(t.shape[axis] for t in tensors)), tensors
 
 
-def _sum_of(r: _Recorder, a: Any, b: Any, sign: float) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _sum_of(r: _Recorder, a: Any, b: Any, sign: float) -> Handled:
     if r.find(a) is not None and r.find(b) is not None:
         if a.ndim != b.ndim:
             raise UnsupportedOperation(f"a sum in module {r.path!r} broadcasts over the batch axis")
@@ -515,7 +529,7 @@ def _sum_of(r: _Recorder, a: Any, b: Any, sign: float) -> tuple[Op | None, tuple
     return _shifted(r, b, torch.as_tensor(sign, dtype=b.dtype, device=b.device), _constant(r, a, b))
 
 
-def _shifted(r: _Recorder, x: Tensor, scale: Tensor | None, shift: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _shifted(r: _Recorder, x: Tensor, scale: Tensor | None, shift: Tensor) -> Handled:
     if np.broadcast_shapes(shift.shape, x.shape[1:]) != x.shape[1:]:
         raise UnsupportedOperation(
             f"a sum in module {r.path!r} broadcasts its input from {tuple(x.shape[1:])} to a larger shape"
@@ -524,42 +538,40 @@ def _shifted(r: _Recorder, x: Tensor, scale: Tensor | None, shift: Tensor) -> tu
 
 
 @_handles("add", "__add__", "__radd__", "__iadd__")
-def _add(r: _Recorder, input: Any, other: Any, *, alpha: float = 1) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _add(r: _Recorder, input: Any, other: Any, *, alpha: float = 1) -> Handled:
     if alpha != 1:
         raise UnsupportedOperation(f"add with alpha={alpha} in module {r.path!r}")
     return _sum_of(r, input, other, 1.0)
 
 
 @_handles("sub", "subtract", "__sub__", "__isub__")
-def _sub(r: _Recorder, input: Any, other: Any, *, alpha: float = 1) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _sub(r: _Recorder, input: Any, other: Any, *, alpha: float = 1) -> Handled:
     if alpha != 1:
         raise UnsupportedOperation(f"sub with alpha={alpha} in module {r.path!r}")
     return _sum_of(r, input, other, -1.0)
 
 
 @_handles("rsub", "__rsub__")
-def _rsub(r: _Recorder, input: Any, other: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _rsub(r: _Recorder, input: Any, other: Any) -> Handled:
     return _sum_of(r, other, input, -1.0)
 
 
 @_handles("mul", "multiply", "__mul__", "__rmul__", "__imul__")
-def _mul(r: _Recorder, input: Any, other: Any) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _mul(r: _Recorder, input: Any, other: Any) -> Handled:
     x, factor = (input, other) if r.find(input) is not None else (other, input)
     _need_constant(r, factor, "a product")
     return _scaled(r, x, _constant(r, factor, x))
 
 
 @_handles("div", "true_divide", "__truediv__", "__itruediv__")
-def _div(
-    r: _Recorder, input: Any, other: Any, *, rounding_mode: str | None = None
-) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _div(r: _Recorder, input: Any, other: Any, *, rounding_mode: str | None = None) -> Handled:
     if rounding_mode is not None or r.find(input) is None:
         raise UnsupportedOperation(f"division in module {r.path!r} is bounded only as (traced) / (constant)")
     _need_constant(r, other, "a divisor")
     return _scaled(r, input, 1 / _constant(r, other, input))
 
 
-def _scaled(r: _Recorder, x: Tensor, factor: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _scaled(r: _Recorder, x: Tensor, factor: Tensor) -> Handled:
     if np.broadcast_shapes(factor.shape, x.shape[1:]) != x.shape[1:]:
         raise UnsupportedOperation(
             f"a product in module {r.path!r} broadcasts its input from {tuple(x.shape[1:])} to a larger shape"
@@ -568,5 +580,5 @@ def _scaled(r: _Recorder, x: Tensor, factor: Tensor) -> tuple[Op | None, tuple[T
 
 
 @_handles("neg", "negative", "__neg__")
-def _neg(r: _Recorder, input: Tensor) -> tuple[Op | None, tuple[Tensor, ...]]:
+def _neg(r: _Recorder, input: Tensor) -> Handled:
     return Scale(torch.tensor(-1.0, dtype=input.dtype, device=input.device), None), (input,)

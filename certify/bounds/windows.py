@@ -17,6 +17,21 @@ from torch import Tensor
 from certify.bounds.op import Coefficients, inner
 
 
+class Maps:
+    """Padded, channels-last copies of the maps that windows are cut from, made once for many chunks of windows."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def padded(self, value: Tensor, margins: tuple[int, int, int, int]) -> Tensor:
+        """`value` (N, C, H, W) as (N, top + H + bottom, left + W + right, C)."""
+        key = (id(value), margins)
+        if key not in self._kept:
+            # The map itself is kept beside its copy, so that no other tensor can take its id.
+            self._kept[key] = (value, F.pad(value.movedim(1, -1), (0, 0, *margins)).contiguous())
+        return self._kept[key][1]
+
+
 @dataclasses.dataclass
 class Window(Coefficients):
     """Entry a weighs ``map[image[a], :, top : top + kh, left : left + kw]`` with ``data`` (A, R, C, kh, kw).
@@ -32,13 +47,10 @@ class Window(Coefficients):
     offset: tuple[int, int]
     size: tuple[int, int]
     inside: bool
+    maps: Maps
 
-    def replace(self, data: Tensor) -> Window:
-        return dataclasses.replace(self, data=data)
-
-    def keep(self, which: Tensor) -> Window:
-        assert self.image is not None
-        return dataclasses.replace(self, data=self.data[which], image=self.image[which], position=self.position[which])
+    def replace(self, data: Tensor, inside: bool = False) -> Window:
+        return dataclasses.replace(self, data=data, inside=self.inside or inside)
 
     def _margins(self) -> tuple[int, int, int, int]:
         """How far windows can stick out of the map: left, right, top, bottom (as for F.pad)."""
@@ -58,8 +70,7 @@ class Window(Coefficients):
 
     def _cut(self, value: Tensor, image: Tensor) -> Tensor:
         """The window of each entry out of `value` (N, C, H, W), zero outside: (A, 1, C, kh, kw)."""
-        left, right, top, bottom = self._margins()
-        last = F.pad(value.movedim(1, -1), (0, 0, left, right, top, bottom)).contiguous()
+        last = self.maps.padded(value, self._margins())
         tops, lefts = self._corners()
         places = last.unfold(1, self.data.shape[3], 1).unfold(2, self.data.shape[4], 1).permute(0, 1, 2, 4, 5, 3)
         return places[image, tops, lefts].movedim(-1, 1).unsqueeze(1)
@@ -148,6 +159,7 @@ class Window(Coefficients):
             (self.offset[0] * stride[0] + padding[0], self.offset[1] * stride[1] + padding[1]),
             size,
             inside=False,
+            maps=self.maps,
         )
 
 
@@ -160,12 +172,15 @@ class Neurons(Coefficients):
 
     entry: Tensor
     full: tuple[int, ...]
+    maps: Maps
 
     @staticmethod
-    def both_signs(image: Tensor, entry: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Neurons:
+    def both_signs(
+        image: Tensor, entry: Tensor, shape: tuple[int, ...], dtype: torch.dtype, maps: Maps | None = None
+    ) -> Neurons:
         """Functionals ``+value`` and ``-value`` of flat entries `entry` (A,) of a node of `shape`, in images (A,)."""
         signs = torch.tensor([1.0, -1.0], dtype=dtype, device=image.device).expand(len(image), 2)
-        return Neurons(signs, image, len(shape), entry, shape)
+        return Neurons(signs, image, len(shape), entry, shape, maps or Maps())
 
     @property
     def shape(self) -> torch.Size:
@@ -174,7 +189,9 @@ class Neurons(Coefficients):
     def dense(self) -> Coefficients:
         full = self.data.new_zeros(*self.lead, self.shape.numel())
         index = self.entry.reshape(-1, 1, 1).expand(-1, 2, 1)
-        return Coefficients(full.scatter(2, index, self.data.unsqueeze(2)).unflatten(2, self.full), self.image, self.rank)
+        return Coefficients(
+            full.scatter(2, index, self.data.unsqueeze(2)).unflatten(2, self.full), self.image, self.rank
+        )
 
     def sum(self, weight: Tensor | None = None) -> Tensor:
         if weight is None:
@@ -203,4 +220,4 @@ class Neurons(Coefficients):
         picked = weight.contiguous(memory_format=torch.channels_last)[self.entry // (height * width)]
         position = torch.stack([place // width, place % width], 1)
         data = self.data.reshape(-1, 2, 1, 1, 1) * picked.unsqueeze(1)
-        return Window(data, self.image, 3, position, (height, width), stride, padding, size, inside=False)
+        return Window(data, self.image, 3, position, (height, width), stride, padding, size, False, self.maps)

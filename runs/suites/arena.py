@@ -1,31 +1,37 @@
 """The arena: every pruning method on the same networks, data, sparsities and training budgets, certified alike.
 
-Each preset's documentation states its cost and what to expect; costs in the blocks are seconds, measured on the hardware
-that the preset names. Epochs of a state are the same for every method of a block; one-shot methods and ``dense`` then get
-the same fine-tuning epochs, and ``imp`` trains one state more for each of its rounds (the record says how many it had).
+Each preset's documentation states its cost and what to expect; costs in the blocks are seconds on the hardware that the
+preset names. Every trained state of a block gets the same epochs; ``dense``, ``random`` and ``magnitude`` then get the
+same fine-tuning, and ``imp`` trains one state more for each of its rounds (the record says how many epochs that made).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from runs.cell import Data, Network, Perturb, Settings, Training, Verifier, settings
+from runs.cell import Data, Network, Perturb, Training, Value, Verifier, settings
 from runs.suites.preset import Block, Preset, Rule, Schedule
 
 THREE_SEEDS = (0, 1, 2)
 PIXEL = 1 / 255
 
 
-def _rules(ratios: tuple[float, ...], finetune: int, epochs: int, rounds: int = 2, **shared: str | bool) -> tuple[Rule, ...]:
-    """Dense and the three baselines, all ranking over all convolutions and linear layers together."""
-    common: Settings = settings(**({"layers": "conv+linear", "scope": "global"} | shared))
-    tuned = 1 + finetune / epochs
+def _rules(
+    ratios: tuple[float, ...], *, epochs: int, finetune: int, rounds: int, layers: str = "conv+linear", **shared: Value
+) -> tuple[Rule, ...]:
+    """Dense and the three baselines, all ranking over the same layers together; ``shared`` are fields of all three."""
+    one_shot = settings(finetune_epochs=finetune, layers=layers, scope="global", **shared)
+    cost = 1 + finetune / epochs
     return (
-        Rule("dense", settings=settings(finetune_epochs=finetune), networks=tuned),
-        Rule("random", ratios, (*common, ("finetune_epochs", finetune)), tuned),
-        Rule("magnitude", ratios, (*common, ("finetune_epochs", finetune)), tuned),
-        Rule("imp", ratios, (*common, ("rounds", rounds)), rounds + 1),
+        Rule("dense", settings=settings(finetune_epochs=finetune), networks=cost),
+        Rule("random", ratios, one_shot, cost),
+        Rule("magnitude", ratios, one_shot, cost),
+        Rule("imp", ratios, settings(rounds=rounds, layers=layers, scope="global", **shared), rounds + 1),
     )
+
+
+def _schedule(objective: str, epochs: int, lr: float, epoch_seconds: float, batch: int, eps: float | None) -> Schedule:
+    return Schedule(Training(objective, epochs, batch, eps, settings(lr=lr)), epoch_seconds)
 
 
 def smoke() -> Preset:
@@ -33,23 +39,176 @@ def smoke() -> Preset:
     digits = Block(
         data=Data("digits"),
         networks=(Network("mlp"),),
-        rules=_rules((0.5,), finetune=1, epochs=4, rounds=1),
-        schedules=(
-            Schedule(Training("natural", epochs=4, settings=settings(lr=3e-3)), 0.05),
-            Schedule(Training("ibp", epochs=4, eps=0.05, settings=settings(lr=3e-3)), 0.15),
-        ),
-        perturbations=(Perturb("linf", 0.05), Perturb("brightness", 0.05)),
+        rules=_rules((0.5,), epochs=10, finetune=2, rounds=1),
+        schedules=(_schedule("natural", 10, 3e-3, 0.06, 64, None), _schedule("ibp", 10, 3e-3, 0.12, 64, 0.1)),
+        perturbations=(Perturb("linf", 0.1), Perturb("brightness", 0.1)),
         verifier=Verifier("crown", images=20),
         seeds=(0,),
-        certify_seconds=1.0,
+        certify_seconds=0.7,
+        prepare_seconds=10,
     )
     return Preset(
         name="smoke",
         hardware="two CPU cores",
-        expectation="every cell finishes; under linf more is verified after IBP training than after natural training",
+        expectation="every cell finishes; at linf 0.1 IBP training verifies several times what natural training does",
         blocks=(digits,),
         default=("digits",),
     )
 
 
-PRESETS: Mapping[str, Callable[[], Preset]] = {"smoke": smoke}
+def quick() -> Preset:
+    """Digits (three seeds) and rendered aircraft (one): at most 8 minutes, offline; fashion_mnist and cifar10_subset on request.
+
+    Expect on digits: about 97 % clean; at linf 0.1 natural training verifies next to nothing and IBP training about
+    half; magnitude and IMP at 50 % are close to dense, random loses clearly at 80 %. On aircraft: an error of some
+    10 px after so short a training, and nearly every image holds at brightness ±2/255 and contrast ±.02.
+    """
+    semantic = (Perturb("brightness", 0.1), Perturb("contrast", 0.2))
+    small = Block(
+        data=Data("digits"),
+        networks=(Network("mlp"),),
+        rules=_rules((0.5, 0.8), epochs=15, finetune=4, rounds=2),
+        schedules=(_schedule("natural", 15, 3e-3, 0.06, 64, None), _schedule("ibp", 15, 3e-3, 0.12, 64, 0.1)),
+        perturbations=(Perturb("linf", 0.1), *semantic),
+        verifier=Verifier("crown", images=100),
+        seeds=THREE_SEEDS,
+        certify_seconds=1.2,
+        prepare_seconds=10,
+    )
+    convolutional = Block(
+        data=Data("digits"),
+        networks=(Network("cnn7_nrs", width=0.125),),
+        rules=_rules((0.5,), epochs=12, finetune=3, rounds=1),
+        schedules=(_schedule("ibp", 12, 5e-3, 0.3, 64, 0.1),),
+        perturbations=(Perturb("linf", 0.1), *semantic),
+        verifier=Verifier("crown", images=60),
+        seeds=THREE_SEEDS,
+        certify_seconds=2.0,
+    )
+    aircraft = Block(
+        data=Data("aircraft", val_limit=150),
+        networks=(Network("cnn7_nrs", width=0.125),),
+        rules=_rules((0.5,), epochs=8, finetune=2, rounds=1, layers="conv", structured=True),
+        schedules=(_schedule("natural", 8, 3e-3, 1.5, 64, None),),
+        perturbations=(Perturb("brightness", 2 * PIXEL), Perturb("contrast", 0.02)),
+        verifier=Verifier("crown", images=10),
+        seeds=(0,),
+        certify_seconds=10,
+        prepare_seconds=40,
+    )
+    return Preset(
+        name="quick",
+        hardware="two CPU cores",
+        expectation="IBP training verifies about half of the digits at linf 0.1, natural training next to none; "
+        "magnitude and imp at 50 % stay close to dense",
+        blocks=(small, convolutional, aircraft, *_quick_images()),
+        default=("digits", "aircraft"),
+    )
+
+
+def _quick_images() -> tuple[Block, ...]:
+    """Real images for ``quick`` on request: one seed in about 20 minutes; more with ``--seeds 0 1 2``."""
+
+    def block(name: str, eps: float, radii: tuple[float, ...], epoch_seconds: float) -> Block:
+        return Block(
+            data=Data(name, limit=10_000, val_limit=1_000),
+            networks=(Network("cnn7_nrs", width=0.125),),
+            rules=_rules((0.5, 0.8), epochs=6, finetune=2, rounds=2),
+            schedules=(
+                _schedule("natural", 6, 3e-3, epoch_seconds, 128, None),
+                _schedule("ibp", 8, 3e-3, 2 * epoch_seconds, 128, eps),
+            ),
+            perturbations=(*(Perturb("linf", r) for r in radii), Perturb("brightness", 0.1), Perturb("contrast", 0.2)),
+            verifier=Verifier("crown", images=200),
+            seeds=(0,),
+            certify_seconds=35,
+            prepare_seconds=10,
+        )
+
+    return (
+        block("fashion_mnist", 0.1, (2 * PIXEL, 0.1), 1.8),
+        block("cifar10_subset", 2 * PIXEL, (2 * PIXEL,), 2.4),
+    )
+
+
+def gpu() -> Preset:
+    """FashionMNIST and CIFAR-10 on the full CNN7, three seeds: hours on one H200-class GPU, in resumable cells of minutes.
+
+    The costs are estimates (no run of this preset has been timed); the first finished cells show the true pace.
+    """
+
+    def block(name: str, eps: float, augment: bool, epoch_seconds: float) -> Block:
+        return Block(
+            data=Data(name, val_limit=2_000, augment=augment),
+            networks=(Network("cnn7_nrs"),),
+            rules=_rules((0.5, 0.8, 0.95), epochs=40, finetune=10, rounds=4, layers="conv"),
+            schedules=(
+                _schedule("natural", 40, 1e-3, epoch_seconds, 128, None),
+                _schedule("ibp", 40, 1e-3, 2.5 * epoch_seconds, 128, eps),
+            ),
+            perturbations=(Perturb("linf", eps), Perturb("brightness", 0.1), Perturb("contrast", 0.2)),
+            verifier=Verifier("auto", images=200, seconds=60),
+            seeds=THREE_SEEDS,
+            certify_seconds=120,
+            prepare_seconds=20,
+        )
+
+    return Preset(
+        name="gpu",
+        hardware="one H200-class GPU (estimated, not timed)",
+        expectation="dense IBP at FashionMNIST linf 0.1 near the 70 % verified that the papers report for dense nets",
+        blocks=(block("fashion_mnist", 0.1, False, 3.0), block("cifar10", 2 * PIXEL, True, 3.0)),
+        default=("fashion_mnist", "cifar10"),
+    )
+
+
+def paper() -> Preset:
+    """The NRSLoss paper's scale with the baselines: 200 epochs a state, IMP in 16 rounds, five seeds: weeks of one GPU.
+
+    Sparsities are every fourth state of the paper's ladder ``1 - 0.8**k``. The costs are estimates.
+    """
+
+    def block(name: str, eps: float, augment: bool, epoch_seconds: float) -> Block:
+        training = settings(optimizer="sgd", lr=0.01, weight_decay=5e-4, schedule="step", clip_grad_norm=8.0)
+        certified = settings(lr=1e-3, weight_decay=1e-5, schedule="step", clip_grad_norm=8.0)
+        common = settings(layers="conv", scope="global")
+        ladder = (4, 8, 12, 16)
+        imp = tuple(
+            Rule("imp", (1 - 0.8**k,), (*common, ("rounds", k)), networks=k + 1) for k in ladder
+        )  # one network a state
+        return Block(
+            data=Data(name, augment=augment),
+            networks=(Network("cnn7_nrs"),),
+            rules=(
+                Rule("dense"),
+                *(
+                    Rule(method, tuple(1 - 0.8**k for k in ladder), (*common, ("finetune_epochs", 200)), networks=2)
+                    for method in ("random", "magnitude")
+                ),
+                *imp,
+            ),
+            schedules=(
+                Schedule(Training("natural", 200, 128, None, training), epoch_seconds),
+                Schedule(Training("ibp", 200, 128, eps, certified), 2.5 * epoch_seconds),
+            ),
+            perturbations=(Perturb("linf", eps),),
+            verifier=Verifier("auto", images=200, seconds=300),
+            seeds=(0, 1, 2, 3, 4),
+            certify_seconds=3600,
+            prepare_seconds=20,
+        )
+
+    return Preset(
+        name="paper",
+        hardware="one H200-class GPU (estimated, not timed)",
+        expectation="the paper's Table I rows for dense and IMP, up to the choice of training (IBP, not CROWN-IBP)",
+        blocks=(
+            block("fashion_mnist", 0.1, True, 3.0),
+            block("svhn", 2 * PIXEL, True, 4.0),
+            block("cifar10", 2 * PIXEL, True, 3.0),
+        ),
+        default=("fashion_mnist", "svhn", "cifar10"),
+    )
+
+
+PRESETS: Mapping[str, Callable[[], Preset]] = {"smoke": smoke, "quick": quick, "gpu": gpu, "paper": paper}

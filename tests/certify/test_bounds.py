@@ -74,6 +74,7 @@ NETS = {
     "slices": lambda: image_net(nn.ReLU(), Block(lambda x: x[:, 1:4, ::2] + x[..., :3, 1::2, :]), nn.ReLU()),
     "shapes": lambda: image_net(nn.ReLU(), Block(lambda x: x.permute(0, 2, 3, 1).reshape(x.size(0), -1).view(x.shape[0], 6, -1).transpose(1, 2).unsqueeze(1).squeeze(1)), nn.ReLU()),
     "pads": lambda: image_net(nn.ReLU(), nn.ZeroPad2d(1), conv(6, 4), nn.ReflectionPad2d(1), nn.ReLU()),
+    "splits": lambda: image_net(nn.ReLU(), Block(lambda x: x.chunk(2, 1)[0] + 2 * x.split([3, 3], 1)[1]), nn.ReLU(), Block(lambda x: x.unbind(2)[1])),
     "in place": lambda: image_net(nn.ReLU(inplace=True), conv(6, 6), Block(lambda x: x.relu_()), nn.Dropout(0.5)),
     "softmax": lambda: image_net(nn.ReLU(), conv(6, 3), Block(lambda x: torch.softmax(5 * x.flatten(2), 2)), Block(lambda p: p @ torch.linspace(0, 7, 72, dtype=p.dtype).reshape(36, 2))),
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(128, 20), nn.ReLU(), nn.Linear(20, 15), nn.BatchNorm1d(15), nn.ReLU(), nn.Linear(15, 4)),
@@ -136,7 +137,9 @@ def test_rows_are_bounded_no_looser_than_outputs_combined(name):
     net = build(name)
     x = images(net)
     C = torch.randn(len(x), 5, 4, dtype=F64, generator=torch.Generator().manual_seed(3))
-    y = net(certify.Linf(0.04).sample(x, 200, torch.Generator().manual_seed(1)).flatten(0, 1)).reshape(200, len(x), 4, 1)
+    y = net(certify.Linf(0.04).sample(x, 200, torch.Generator().manual_seed(1)).flatten(0, 1)).reshape(
+        200, len(x), 4, 1
+    )
     for method in METHODS:
         lo, hi = certify.bounds(net, x, certify.Linf(0.04), method)
         low, high = certify.bounds(net, x, certify.Linf(0.04), method, C=C)
@@ -178,7 +181,15 @@ def test_hand_computed_crown():
 
 
 @pytest.mark.parametrize(
-    ("op", "span"), [(ReLU(), 3.0), (LeakyReLU(0.1), 3.0), (Clamp(0.0, 6.0), 9.0), (Clamp(-0.5, 0.25), 1.0), (sigmoid(), 8.0), (tanh(), 5.0)]
+    ("op", "span"),
+    [
+        (ReLU(), 3.0),
+        (LeakyReLU(0.1), 3.0),
+        (Clamp(0.0, 6.0), 9.0),
+        (Clamp(-0.5, 0.25), 1.0),
+        (sigmoid(), 8.0),
+        (tanh(), 5.0),
+    ],
 )
 def test_lines_enclose_the_function(op, span):
     generator = torch.Generator().manual_seed(0)
@@ -277,6 +288,17 @@ def test_unsupported_operations_are_named(net, match):
         certify.bounds(net.eval(), torch.rand(2, 2, 4, 4), certify.Linf(0.1))
 
 
+def test_writing_behind_a_view_is_noticed():
+    def net(x):
+        y = x + 1
+        view = y.flatten(1)
+        y.neg_()
+        return view
+
+    with pytest.raises(UnsupportedOperation, match="view"):
+        certify.bounds(Block(net).eval(), torch.rand(2, 2, 4, 4), certify.Linf(0.1))
+
+
 def test_active_dropout_has_no_bound():
     net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(32, 2)).train()
     with pytest.raises(UnsupportedOperation, match="eval"):
@@ -287,7 +309,9 @@ def test_mixing_the_batch_is_refused():
     with pytest.raises(ValueError, match="batch"):
         certify.bounds(Block(lambda x: x.reshape(1, -1)), torch.rand(2, 2, 4, 4), certify.Linf(0.1))
     with pytest.raises(ValueError, match="batch"):
-        certify.bounds(Block(lambda x: (x - x.mean(0, keepdim=True)).flatten(1)), torch.rand(2, 2, 4, 4), certify.Linf(0.1))
+        certify.bounds(
+            Block(lambda x: (x - x.mean(0, keepdim=True)).flatten(1)), torch.rand(2, 2, 4, 4), certify.Linf(0.1)
+        )
 
 
 def test_bad_input_is_explained():

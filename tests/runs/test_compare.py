@@ -40,7 +40,18 @@ def test_help_list_and_dry_run_import_nothing_heavy(arguments: list[str], tmp_pa
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["--list"]) == 0
     shown = capsys.readouterr().out
-    for name in ("arena", "smoke", "quick", "imp", "magnitude", "cnn7_nrs", "fashion_mnist", "linf", "contrast", "crown"):
+    for name in (
+        "arena",
+        "smoke",
+        "quick",
+        "imp",
+        "magnitude",
+        "cnn7_nrs",
+        "fashion_mnist",
+        "linf",
+        "contrast",
+        "crown",
+    ):
         assert f"  {name} " in shown
 
 

@@ -37,7 +37,7 @@ def nrs_cell(**changes: object):
         "training": Training("crown-ibp", epochs=200, eps=0.1),
         "network": Network("cnn7_nrs"),
         "data": Data("fashion_mnist"),
-        "verifier": Verifier("auto", images=200, seconds=300),
+        "verifier": Verifier("bab", images=200, seconds=300),
     }
     return make_cell(**(parts | changes))
 
@@ -59,7 +59,7 @@ def test_the_papers_own_conditions_are_comparable() -> None:
         ({"training": Training("ibp", epochs=200, eps=0.1)}, "training: ibp, not"),
         ({"training": Training("crown-ibp", epochs=10, eps=0.1)}, "epochs: 10, not 200"),
         ({"verifier": Verifier("crown", images=200)}, "verifier: crown, not beta-CROWN"),
-        ({"verifier": Verifier("auto", images=100)}, "images: 100, not 200"),
+        ({"verifier": Verifier("bab", images=100)}, "images: 100, not 200"),
         ({"data": Data("fashion_mnist", limit=5000)}, "5,000 training images"),
         ({"pruning": Pruning("imp", 0.5)}, "sparsity: 0.5, not 0.93"),
     ],
@@ -87,7 +87,7 @@ def test_a_subset_is_never_taken_for_the_whole() -> None:
 
 def test_data_that_is_not_public_is_never_comparable() -> None:
     cell = make_cell(
-        "random", 0.1, data=Data("aircraft"), network=Network("cnn7_cw"), verifier=Verifier("auto", images=154)
+        "random", 0.1, data=Data("aircraft"), network=Network("cnn7_cw"), verifier=Verifier("bab", images=154)
     )
     comparison = paper.compare(cell, Perturb("brightness", 2 / 255))
     assert comparison is not None

@@ -133,7 +133,7 @@ def test_paper_column_shows_the_difference_where_comparable() -> None:
         data=Data("fashion_mnist"),
         network=Network("cnn7_nrs"),
         training=Training("crown-ibp", epochs=200, eps=0.1),
-        verifier=Verifier("auto", images=200, seconds=300),
+        verifier=Verifier("bab", images=200, seconds=300),
     )
     other = dataclasses.replace(cell, seed=0, training=Training("fgsm", epochs=200, eps=0.1))
     (table,) = leaderboard.build([make_record(cell, "1" * 150 + "0" * 50), make_record(other, "0" * 200)])

@@ -50,7 +50,10 @@ def test_selection_narrows_and_replaces() -> None:
         models=("mlp",),
     )
     made = plan("arena", "smoke", chosen)
-    assert [(cell.pruning.method, cell.pruning.ratio, cell.seed) for cell in made.cells] == [("dense", 0, 7), ("imp", 0.9, 7)]
+    assert [(cell.pruning.method, cell.pruning.ratio, cell.seed) for cell in made.cells] == [
+        ("dense", 0, 7),
+        ("imp", 0.9, 7),
+    ]
     assert all(cell.verifier.images == 3 and cell.verifier.method == "ibp" for cell in made.cells)
     assert all(cell.perturbations == (Perturb("linf", 0.2),) for cell in made.cells)
 
