@@ -29,13 +29,16 @@ class Network:
         graph: the bounded operations, batch normalisation folded into the layer before it.
         output: the model's output on `x`, with gradients; in training mode the one forward pass of this step.
 
+    In training mode batch normalisation uses the statistics of this batch; gradients flow through them as well, unless
+    `detach_statistics` is set, which saves the backward pass through the clean network.
+
     Raises:
         UnsupportedOperation: for an operation without a sound bound, naming it and its module.
         ValueError: for non-finite weights, when `check` is set.
     """
 
-    def __init__(self, model: nn.Module, x: Tensor, check: bool = True) -> None:
-        self.graph, self.output = trace(model, x, check=check)
+    def __init__(self, model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bool = False) -> None:
+        self.graph, self.output = trace(model, x, check, detach_statistics)
         self.graph = self.graph.folded()
         self._x = x
 

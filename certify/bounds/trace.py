@@ -24,7 +24,8 @@ from certify.bounds.op import Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d
 from certify.bounds.softmax import Softmax
 
-Handled = tuple[Op | None, tuple[Tensor, ...]]  # the operation (None: it changes nothing) and the values it reads
+# The operation (None: it changes nothing), the values it reads, and its result where that is known already.
+Handled = tuple[Op | None, tuple[Tensor, ...]] | tuple[Op | None, tuple[Tensor, ...], Tensor | None]
 Handler = Callable[..., Handled]
 HANDLERS: dict[str, Handler] = {}
 
@@ -41,11 +42,14 @@ PROPERTIES = {
 VALUE_DEPENDENT = {"__bool__", "__float__", "__int__", "item", "tolist", "__index__", "numpy", "is_nonzero"}
 
 
-def trace(model: nn.Module, x: Tensor, check: bool = True) -> tuple[Graph, Tensor]:
+def trace(
+    model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bool = False
+) -> tuple[Graph, Tensor]:
     """The graph of `model` in its present mode, and its output on `x` (N, ...).
 
     In training mode batch normalisation uses the statistics of this batch, as the forward pass does, and updates its
-    running statistics; gradients reach the parameters through the graph's tensors. `check` looks at the weights, and
+    running statistics; gradients reach the parameters through the graph's tensors, also by way of those statistics
+    unless `detach_statistics` (a third cheaper, and not the gradient of the bound). `check` looks at the weights, and
     holds the graph against the model on `x` (in evaluation mode); a training step leaves both out.
 
     Raises:
@@ -55,7 +59,7 @@ def trace(model: nn.Module, x: Tensor, check: bool = True) -> tuple[Graph, Tenso
     for name, value in [*model.named_parameters(), *model.named_buffers()] if check else []:
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"{name} holds NaN or infinity; no bound is meaningful. Reload or retrain the model")
-    graph, output = _record(model, x)
+    graph, output = _record(model, x, detach_statistics)
     if check and not model.training:
         with torch.no_grad():
             difference = (graph.forward(x) - output).abs().amax().item()
@@ -67,8 +71,8 @@ def trace(model: nn.Module, x: Tensor, check: bool = True) -> tuple[Graph, Tenso
     return graph, output
 
 
-def _record(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor]:
-    recorder = _Recorder(len(x))
+def _record(model: nn.Module, x: Tensor, detach_statistics: bool) -> tuple[Graph, Tensor]:
+    recorder = _Recorder(len(x), detach_statistics)
     x = x.detach()
     recorder.add(None, (), x)
     hooks = []
@@ -92,9 +96,9 @@ def _record(model: nn.Module, x: Tensor) -> tuple[Graph, Tensor]:
 class _Recorder(TorchFunctionMode):
     """Records a node for every operation on a traced value and lets everything else run."""
 
-    def __init__(self, batch: int) -> None:
+    def __init__(self, batch: int, detach_statistics: bool) -> None:
         super().__init__()
-        self.batch = batch
+        self.batch, self.detach_statistics = batch, detach_statistics
         self.nodes: list[Node] = []
         self._index: dict[int, int] = {}
         self._alive: list[Tensor] = []  # ids stay unique only while the tensors live
@@ -156,12 +160,12 @@ class _Recorder(TorchFunctionMode):
                 f"operation {name!r} in module {self.path!r} writes into a view; use the out-of-place form"
             )
         try:
-            op, sources = handler(self, *args, **kwargs)
+            op, sources, *known = handler(self, *args, **kwargs)
         except TypeError as error:
             raise UnsupportedOperation(
                 f"operation {name!r} in module {self.path!r} is called in an unknown form: {error}"
             ) from error
-        value = func(*args, **kwargs)
+        value = known[0] if known and known[0] is not None else func(*args, **kwargs)
         if op is None:
             source = self.find(sources[0])
             assert source is not None
@@ -264,19 +268,37 @@ def _batch_norm(
     r: _Recorder, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Handled:  # fmt: skip
-    if training or running_mean is None or running_var is None:
-        axes = [axis for axis in range(input.ndim) if axis != 1]
-        variance, mean = torch.var_mean(input, axes, correction=0)
-    else:
-        mean, variance = running_mean, running_var
-    scale = torch.rsqrt(variance + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -mean * scale
-    if bias is not None:
-        shift = shift + bias
     shape = (-1, *[1] * (input.ndim - 2))
-    return Scale(scale.reshape(shape), shift.reshape(shape)), (input,)
+    value = None
+    if training or running_mean is None or running_var is None:
+        # One pass gives the output and the statistics, whose gradient is then attached by hand.
+        value, mean, inverse = torch.native_batch_norm(
+            input, weight, bias, running_mean, running_var, True, momentum, eps
+        )
+        mean, inverse = _Statistics.apply(input.detach() if r.detach_statistics else input, mean, inverse)
+    else:
+        mean, inverse = running_mean, torch.rsqrt(running_var + eps)
+    scale = inverse if weight is None else inverse * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return (Scale(scale.reshape(shape), shift.reshape(shape)), (input,), value)
+
+
+class _Statistics(torch.autograd.Function):
+    """Batch mean and inverse deviation that are known already, as differentiable functions of the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(x, mean, inverse)
+        return mean.clone(), inverse.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        x, mean, inverse = ctx.saved_tensors
+        count = x.numel() // x.shape[1]
+        slope = -gradients[1] * inverse**3 / count
+        shape = (-1, *[1] * (x.ndim - 2))
+        constant = gradients[0] / count - slope * mean
+        return torch.addcmul(constant.reshape(shape).expand_as(x), x, slope.reshape(shape)), None, None
 
 
 @_handles("relu")

@@ -57,7 +57,9 @@ def smoke() -> Preset:
 
 
 def quick() -> Preset:
-    """Digits (three seeds) and rendered aircraft (one): at most 8 minutes, offline; fashion_mnist and cifar10_subset on request.
+    """Digits (three seeds) and rendered aircraft (one), offline: at most 8 minutes; more data sets on request.
+
+    ``--datasets fashion_mnist`` and ``cifar10_subset`` are there too (one seed, about 20 minutes).
 
     Expect on digits: about 97 % clean; at linf 0.1 natural training verifies next to nothing and IBP training about
     half; magnitude and IMP at 50 % are close to dense, random loses clearly at 80 %. On aircraft: an error of some
@@ -99,7 +101,7 @@ def quick() -> Preset:
     return Preset(
         name="quick",
         hardware="two CPU cores",
-        expectation="IBP training verifies about half of the digits at linf 0.1, natural training next to none; "
+        expectation="at linf 0.1 IBP training verifies about half of the images and natural training next to none; "
         "magnitude and imp at 50 % stay close to dense",
         blocks=(small, convolutional, aircraft, *_quick_images()),
         default=("digits", "aircraft"),
@@ -132,7 +134,7 @@ def _quick_images() -> tuple[Block, ...]:
 
 
 def gpu() -> Preset:
-    """FashionMNIST and CIFAR-10 on the full CNN7, three seeds: hours on one H200-class GPU, in resumable cells of minutes.
+    """FashionMNIST and CIFAR-10 on the full CNN7, three seeds: hours on one H200-class GPU, in cells of minutes.
 
     The costs are estimates (no run of this preset has been timed); the first finished cells show the true pace.
     """
@@ -173,9 +175,7 @@ def paper() -> Preset:
         certified = settings(lr=1e-3, weight_decay=1e-5, schedule="step", clip_grad_norm=8.0)
         common = settings(layers="conv", scope="global")
         ladder = (4, 8, 12, 16)
-        imp = tuple(
-            Rule("imp", (1 - 0.8**k,), (*common, ("rounds", k)), networks=k + 1) for k in ladder
-        )  # one network a state
+        imp = tuple(Rule("imp", (1 - 0.8**k,), (*common, ("rounds", k)), networks=k + 1) for k in ladder)
         return Block(
             data=Data(name, augment=augment),
             networks=(Network("cnn7_nrs"),),

@@ -268,6 +268,25 @@ def test_training_mode_uses_batch_statistics_and_one_forward_pass():
     assert torch.equal(net[1].running_mean, before)
 
 
+def test_gradients_flow_through_batch_statistics_unless_detached():
+    net = build("batch-norm").train()
+    x = images(net)
+    weight = net[0].weight
+
+    def total(value, detach=False):
+        with torch.no_grad():
+            weight[0, 0, 0, 0] = value
+        lo, hi = Network(net, x, detach_statistics=detach).bounds(certify.Linf(0.02))
+        return (hi - 2 * lo).sum()
+
+    at = weight[0, 0, 0, 0].item()
+    (gradient,) = torch.autograd.grad(total(at), weight)
+    numeric = (total(at + 1e-6) - total(at - 1e-6)).item() / 2e-6
+    assert gradient[0, 0, 0, 0].item() == pytest.approx(numeric, rel=1e-5)
+    (detached,) = torch.autograd.grad(total(at, detach=True), weight)
+    assert not torch.allclose(detached, gradient)
+
+
 class Branching(nn.Module):
     def forward(self, x):
         return x.flatten(1) if x.mean((1, 2, 3)) else -x.flatten(1)

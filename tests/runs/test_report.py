@@ -139,7 +139,7 @@ def test_paper_column_shows_the_difference_where_comparable() -> None:
     (table,) = leaderboard.build([make_record(cell, "1" * 150 + "0" * 50), make_record(other, "0" * 200)])
     (column,) = [column for column in report.columns(table) if column.heading == "Paper"]
     assert [column.text(row, table) for row in table.rows] == ["73.5 (Δ +1.5)", "n/c"]
-    assert any(line.startswith("Paper, imp 0.93 fgsm 0.1: n/c, training") for line in report.notes(table))
+    assert any(line.startswith("Paper, imp 0.93 fgsm 0.1: n/c, sparsity") for line in report.notes(table))
 
 
 def test_keypoints_show_pixels_and_say_what_is_proved() -> None:

@@ -1,0 +1,520 @@
+"""Perturbations of one or two parameters, decided: branch and bound in t with linear bounds, then exact enumeration.
+
+A network along a path of images is a function of t alone. `minimum` finds its smallest margin over the whole path:
+
+1. evaluate the network on a grid of t, which finds most counterexamples;
+2. bound the margins on sub-intervals of t with forward lines (`certify.bounds.forward`), and split what stays open into as
+   many parts as the width of the bound asks for (the remainder falls with the square of the length);
+3. for what still is open, tighten the rows by their tangent (`certify.bounds.tangent`), one backward pass an image;
+4. for piecewise linear networks, list all linear pieces exactly (`certify.enumeration`) where that is cheaper.
+
+Bounds are made in the images' precision; what lies within `SCREEN` of the threshold is decided in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from certify import enumeration
+from certify.bounds.forward import Form, propagate
+from certify.bounds.graph import Graph
+from certify.bounds.op import UnsupportedOperation
+from certify.bounds.tangent import Tangent
+from certify.motion import Motion, Parametric
+from certify.verdicts import Budget, Status
+
+# What is kept for rounding, relative to the size of the margins: in float32, and in float64.
+SCREEN = 1e-4
+MARGIN = 1e-9
+
+METHODS = ("auto", "branch", "enumerate")
+
+# In units of one plain forward pass, what a sub-interval costs.
+_FORM_COST = 5.0
+
+
+class Networks(Protocol):
+    """A model and its graphs in both precisions."""
+
+    model: nn.Module
+
+    @property
+    def given(self) -> Graph:
+        """The graph in the images' precision."""
+        ...
+
+    @property
+    def double(self) -> Graph:
+        """The graph in float64."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """The smallest margin ``min_t min_rows C y(t) + d`` of every image.
+
+    Attributes:
+        lower: (N,) float64, no margin along the path is smaller (up to rounding).
+        upper: (N,) float64, the smallest margin that was seen, at
+        argmin: (N, K) float64.
+        timeout: (N,) bool, the budget ended the search.
+        seconds: (N,) float64, wall-clock time, shared out by the work done for each image.
+        work: "sub-intervals" and "pieces", (N,) each.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    argmin: Tensor
+    timeout: Tensor
+    seconds: Tensor
+    work: dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """Verdicts on N images: `status`, `lower`, `seconds`, `work` as in `certify.Certificate`; the `parameters` (N, K)
+    and `inputs` (N, ...) of counterexamples, NaN elsewhere."""
+
+    status: Tensor
+    lower: Tensor
+    seconds: Tensor
+    parameters: Tensor
+    inputs: Tensor
+    work: dict[str, Tensor]
+
+
+def verify(
+    nets: Networks,
+    x: Tensor,
+    C: Tensor,
+    d: Tensor,
+    p: Parametric,
+    budget: Budget,
+    *,
+    method: str = "auto",
+    seed: int = 0,
+) -> Answer:
+    """Whether ``C y + d > 0`` for all images that `p` makes of each of x.
+
+    Args:
+        nets: the model and its graphs.
+        x: images (N, ...).
+        C: rows (N, R, outputs).
+        d: (N, R).
+        p: a perturbation of few parameters.
+        budget: seconds an image and bytes of working memory.
+        method: "branch" (branch and bound), "enumerate" (exact pieces), or "auto".
+        seed: for the points that are tried first when there are two or more parameters.
+
+    Returns:
+        VIOLATED where the model itself fails on `inputs` in a plain forward pass; HOLDS where the smallest margin is proven
+        to exceed `MARGIN` times the size of the margins; UNKNOWN when the truth lies within rounding; TIMEOUT.
+    """
+    size = margin_size(nets.given, x, C, d)
+    search = _Search(nets, x, C, d, p, budget, method, size, seed)
+    search.stop_at = torch.zeros(len(x), dtype=torch.float64)
+    search.prune_at = MARGIN * size
+    found = search.run()
+    status = torch.full((len(x),), Status.UNKNOWN, dtype=torch.int64)
+    status[found.timeout] = Status.TIMEOUT
+    status[found.lower > search.prune_at] = Status.HOLDS
+    parameters = torch.full((len(x), search.motion.parameters), math.nan, dtype=torch.float64)
+    inputs = torch.full_like(x, math.nan)
+    for i in (found.upper <= 0).nonzero().squeeze(1).tolist():
+        image = search.motion.images(torch.tensor([i]), found.argmin[i : i + 1], x.dtype)
+        if bool(((C[i] @ nets.model(image)[0] + d[i]) <= 0).any()):  # the deployed model, on this image alone
+            status[i], parameters[i], inputs[i] = Status.VIOLATED, found.argmin[i], image[0]
+    return Answer(status, found.lower, found.seconds, parameters, inputs, found.work)
+
+
+def minimum(
+    nets: Networks, x: Tensor, C: Tensor, d: Tensor, p: Parametric, budget: Budget, tol: float, *, method: str = "auto"
+) -> Minimum:
+    """The smallest margin itself, to within `tol`; arguments as in `verify`."""
+    size = margin_size(nets.given, x, C, d)
+    search = _Search(nets, x, C, d, p, budget, method, size, 0)
+    search.tol = tol
+    return search.run()
+
+
+def margin_size(graph: Graph, x: Tensor, C: Tensor, d: Tensor) -> Tensor:
+    """How large the numbers are that make up the margins: (N,) float64 on the CPU. Rounding errors are relative to it."""
+    y = graph.forward(x).abs()
+    return ((C.abs() @ y.unsqueeze(2)).squeeze(2) + d.abs()).amax(1).double().cpu()
+
+
+@dataclasses.dataclass
+class _Open:
+    """Sub-intervals to be looked at: image (D,), lo and hi (D, K), and whether in float64 (D,); all on the CPU."""
+
+    image: Tensor
+    lo: Tensor
+    hi: Tensor
+    double: Tensor
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def pick(self, index: Tensor) -> _Open:
+        return _Open(self.image[index], self.lo[index], self.hi[index], self.double[index])
+
+    @staticmethod
+    def join(parts: list[_Open]) -> _Open:
+        return _Open(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_Open)))
+
+
+class _Rows:
+    """The rows C of a batch as few base rows and a matrix that combines them: ``C = mix @ base``."""
+
+    def __init__(self, C: Tensor, d: Tensor) -> None:
+        self.C, self.d = C, d
+        half = C.shape[1] // 2
+        eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
+        if C.shape[1] == 2 * half and bool((C[:, :half] == -C[:, half:]).all()):
+            self.base, self.mix = C[:, :half], torch.cat([eye[:half, :half], -eye[:half, :half]])
+        elif C.shape[1] <= 2 * C.shape[2]:
+            self.base, self.mix = C, eye
+        else:
+            outputs = torch.eye(C.shape[2], dtype=C.dtype, device=C.device)
+            self.base, self.mix = outputs.expand(len(C), -1, -1), None
+        # Per image: the matrix from base rows to rows.
+        self.matrix = C if self.mix is None else self.mix.expand(len(C), -1, -1)
+
+    def to(self, dtype: torch.dtype) -> _Rows:
+        return _Rows(self.C.to(dtype), self.d.to(dtype))
+
+
+class _Engine:
+    """One precision: the network behind the perturbation's clipping, the rows, and the tangents made so far."""
+
+    def __init__(self, graph: Graph, motion: Motion, rows: _Rows, dtype: torch.dtype) -> None:
+        self.graph, self.motion, self.rows, self.dtype = motion.network(graph), motion, rows, dtype
+        self.tangents: dict[int, Tangent] = {}
+        self.smooth = True  # until an operation turns out to have no tangent
+        self.nodes = sum(math.prod(n.shape) for n in self.graph.nodes)
+
+    def tangent_bytes(self) -> int:
+        """The working memory of one image's tangent."""
+        return self.nodes * self.rows.base.shape[1] * torch.finfo(self.dtype).bits // 8
+
+    def lines(self, part: _Open, tangent: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Lines below the margins for t in each sub-interval: constants (D, R), slopes (K, D, R), radii (D, R)."""
+        device = self.rows.C.device
+        image = part.image.to(device)
+        start = self.motion.form(part.image, part.lo, part.hi, self.dtype)
+        if tangent and self.smooth:
+            only = int(part.image[0])
+            if only not in self.tangents:
+                middle = ((self.motion.lo + self.motion.hi) / 2)[only : only + 1]
+                at = self.motion.raw(part.image[:1], middle, self.dtype)
+                try:
+                    self.tangents = {only: Tangent(self.graph, at, self.rows.base[only : only + 1])}
+                except UnsupportedOperation:
+                    self.smooth = False
+                    return self.lines(part, False)
+            rows, out = self.tangents[only].bound(start)
+            tight = _combine(rows, self.rows.matrix[image], self.rows.d[image])
+            plain = _combine(out, self.rows.C[image], self.rows.d[image])
+            better = tight[2] < plain[2]
+            merged = [torch.where(better, a, b) for a, b in zip(tight, plain)]
+            return merged[0], merged[1], merged[2]
+        return _combine(propagate(self.graph, start), self.rows.C[image], self.rows.d[image])
+
+
+def _combine(form: Form, C: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows ``C v + d`` of a form (B, outputs), as constants, slopes and radii."""
+    centre = (form.centre.unsqueeze(2) @ C.transpose(1, 2)).squeeze(2)
+    return centre[0] + d, centre[1:], (form.radius.unsqueeze(1) @ C.abs().transpose(1, 2)).squeeze(1)
+
+
+class _Search:
+    """Branch and bound over the sub-intervals of all images at once."""
+
+    def __init__(
+        self, nets: Networks, x: Tensor, C: Tensor, d: Tensor, p: Parametric, budget: Budget, method: str, size: Tensor,
+        seed: int,
+    ) -> None:  # fmt: skip
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+        self.nets, self.x, self.budget, self.method, self.size, self.seed = nets, x, budget, method, size, seed
+        self.motion = Motion(p, x)
+        self.rows = _Rows(C, d)
+        self._engines: dict[bool, _Engine] = {}
+        n = len(x)
+        self.stop_at = torch.full((n,), -math.inf, dtype=torch.float64)  # seeing a margin this small ends the search
+        self.prune_at: Tensor | None = None  # sub-intervals above it are done; None: within `tol` of the smallest seen
+        self.tol = 0.0
+        self.upper = torch.full((n,), math.inf, dtype=torch.float64)
+        self.argmin = self.motion.lo.clone()
+        self.lower = torch.full((n,), math.inf, dtype=torch.float64)
+        self.stuck = torch.zeros(n, dtype=torch.bool)
+        self.timeout = torch.zeros(n, dtype=torch.bool)
+        self.seconds = torch.zeros(n, dtype=torch.float64)
+        self.forms = torch.zeros(n, dtype=torch.int64)
+        self.pieces = torch.zeros(n, dtype=torch.int64)
+        self.density: dict[int, float] = {}  # pieces a unit of t, once known
+
+    def engine(self, double: bool) -> _Engine:
+        if double not in self._engines:
+            dtype = torch.float64 if double else self.x.dtype
+            graph = self.nets.double if double else self.nets.given
+            self._engines[double] = _Engine(graph, self.motion, self.rows.to(dtype), dtype)
+        return self._engines[double]
+
+    def threshold(self, image: Tensor) -> Tensor:
+        """What a lower bound must exceed for a sub-interval of these images to be done."""
+        return (self.upper - self.tol if self.prune_at is None else self.prune_at)[image]
+
+    # -- points ----------------------------------------------------------------------------------------------------
+
+    def look(self, image: Tensor, t: Tensor) -> None:
+        """Evaluate the model at parameters t (B, K) and remember the smallest margins."""
+        for at in range(0, len(image), 32):
+            i, s = image[at : at + 32], t[at : at + 32]
+            y = self.nets.model(self.motion.images(i, s, self.x.dtype))
+            where = i.to(y.device)
+            margin = (self.rows.C[where] @ y.unsqueeze(2)).squeeze(2) + self.rows.d[where]
+            self.note(i, s, margin.amin(1).double().cpu())
+
+    def note(self, image: Tensor, t: Tensor, margin: Tensor) -> None:
+        """Remember margins (B,) seen at t (B, K)."""
+        for i in image.unique().tolist():
+            mine = (image == i).nonzero().squeeze(1)
+            best = mine[margin[mine].argmin()]
+            if margin[best] < self.upper[i]:
+                self.upper[i], self.argmin[i] = margin[best], t[best]
+
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """The first points: the ends, the middle and an even grid; for more parameters corners and random points."""
+        n, k = self.motion.lo.shape
+        if k == 1:
+            share = torch.linspace(0, 1, 9, dtype=torch.float64).unsqueeze(1)
+        else:
+            corners = torch.cartesian_prod(*[torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)] * k)
+            draws = torch.rand(8, k, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
+            share = torch.cat([corners.reshape(-1, k), draws])
+        image = torch.arange(n).repeat_interleave(len(share))
+        t = self.motion.lo[image] + share.repeat(n, 1) * (self.motion.hi - self.motion.lo)[image]
+        return image, t
+
+    # -- intervals -------------------------------------------------------------------------------------------------
+
+    def start(self) -> _Open:
+        """The first sub-intervals: between heavy bends, and at least four."""
+        parts = []
+        for i in range(len(self.x)):
+            lo, hi = self.motion.lo[i], self.motion.hi[i]
+            if self.motion.parameters == 1:
+                cuts = torch.cat([lo, self.motion.knots[i], hi])
+                while len(cuts) < 5:
+                    cuts = torch.stack([cuts[:-1], (cuts[:-1] + cuts[1:]) / 2], 1).flatten().tolist() + [float(cuts[-1])]
+                    cuts = torch.tensor(cuts, dtype=torch.float64)
+                low, high = cuts[:-1].unsqueeze(1), cuts[1:].unsqueeze(1)
+            else:
+                low, high = lo.unsqueeze(0), hi.unsqueeze(0)
+            parts.append(_Open(torch.full((len(low),), i), low, high, torch.full((len(low),), self._only_double)))
+        return _Open.join(parts)
+
+    @property
+    def _only_double(self) -> bool:
+        return self.x.dtype == torch.float64
+
+    def run(self) -> Minimum:
+        begin = time.perf_counter()
+        image, t = self.grid()
+        self.look(image, t)
+        self.seconds += (time.perf_counter() - begin) / len(self.x)
+        pending = self.start()
+        if self.method != "enumerate":
+            pending = self.step(self.alive(pending), tangent=False)
+        for i in range(len(self.x)):
+            mine = pending.pick((pending.image == i).nonzero().squeeze(1))
+            for engine in self._engines.values():
+                engine.tangents.clear()
+            self.settle(i, mine)
+        lower = torch.minimum(self.lower, self.upper)
+        if self.prune_at is not None:
+            lower = torch.where(self.upper <= 0, self.upper, lower)
+        lower = torch.where(self.stuck | self.timeout, torch.minimum(lower, self.lower), lower)
+        return Minimum(
+            lower, self.upper, self.argmin, self.timeout, self.seconds,
+            {"sub-intervals": self.forms, "pieces": self.pieces},
+        )  # fmt: skip
+
+    def alive(self, pending: _Open) -> _Open:
+        """Without the sub-intervals of images that are decided."""
+        return pending.pick((self.upper[pending.image] > self.stop_at[pending.image]).nonzero().squeeze(1))
+
+    def settle(self, i: int, pending: _Open) -> None:
+        """Work on one image until it is decided."""
+        rounds = 0
+        while len(pending):
+            if self.upper[i] <= self.stop_at[i]:
+                return
+            if self.seconds[i] > self.budget.seconds:
+                self.timeout[i] = True
+                return
+            if self.method == "enumerate":
+                self.enumerate(i, pending)
+                return
+            many = len(pending) >= 12 or rounds >= 2
+            pending = self.step(pending, tangent=many, spare=rounds >= 1)
+            rounds += 1
+
+    def step(self, pending: _Open, tangent: bool, spare: bool = False) -> _Open:
+        """Bound all sub-intervals once; return what must be looked at next. `spare`: list pieces where that is cheaper."""
+        parts = []
+        per = max(1, self.budget.memory // (24 * 8 * self.engine(self._only_double).nodes))
+        per = min(per, 256 if self.x.is_cuda else 8)
+        for double in (False, True):
+            queue = pending.pick((pending.double == double).nonzero().squeeze(1))
+            for at in range(0, len(queue), per):
+                part = queue.pick(torch.arange(at, min(at + per, len(queue))))
+                if self._late(part):
+                    continue
+                begin = time.perf_counter()
+                parts.append(self._bound(part, double, tangent, spare))
+                share = (time.perf_counter() - begin) / len(part)
+                self.seconds.index_add_(0, part.image, torch.full((len(part),), share, dtype=torch.float64))
+                if self.prune_at is not None and bool((self.upper[part.image] <= self.stop_at[part.image]).all()):
+                    break
+        return _Open.join(parts) if parts else pending.pick(torch.zeros(0, dtype=torch.int64))
+
+    def _late(self, part: _Open) -> bool:
+        late = self.seconds[part.image] > self.budget.seconds
+        self.timeout[part.image[late]] = True
+        self.lower[part.image[late]] = -math.inf
+        return bool(late.all())
+
+    def _bound(self, part: _Open, double: bool, tangent: bool, spare: bool) -> _Open:
+        base, slopes, radius = self.engine(double).lines(part, tangent)
+        self.forms.index_add_(0, part.image, torch.ones_like(part.image))
+        sway = slopes.abs().sum(0)
+        row = (base - sway - radius).argmin(1)
+        pick = (torch.arange(len(row), device=row.device), row)
+        line = torch.stack([base[pick], sway[pick], radius[pick], *slopes[:, pick[0], row]]).double().cpu()
+        steps = line[3:].t()
+        bound, best, remainder = line[0] - line[1] - line[2], line[0] - line[1], line[2]
+        slack = (MARGIN if double else SCREEN) * self.size[part.image]
+        threshold = self.threshold(part.image)
+        done = bound - (0 if double else slack) > threshold
+        self._keep(part.image[done], bound[done])
+        left = (~done).nonzero().squeeze(1)
+        if not len(left):
+            return part.pick(left)
+        # Where the worst line is lowest the network is worth a look: the worst place of every image.
+        self._peek(part.pick(left), steps[left], best[left])
+        return self._split(part.pick(left), bound[left], best[left], remainder[left], steps[left], slack[left], spare)
+
+    def _keep(self, image: Tensor, bound: Tensor) -> None:
+        self.lower.scatter_reduce_(0, image, bound, "amin")
+
+    def _peek(self, part: _Open, steps: Tensor, best: Tensor) -> None:
+        rows = []
+        for i in part.image.unique().tolist():
+            mine = (part.image == i).nonzero().squeeze(1)
+            rows.append(mine[best[mine].argmin()])
+        index = torch.stack(rows)
+        middle, half = (part.lo + part.hi)[index] / 2, (part.hi - part.lo)[index] / 2
+        self.look(part.image[index], middle - half * steps[index].sign())
+
+    def _split(
+        self, part: _Open, bound: Tensor, best: Tensor, remainder: Tensor, steps: Tensor, slack: Tensor, spare: bool
+    ) -> _Open:
+        """Cut sub-intervals into as many parts as should do: the remainder falls with the square of the length."""
+        room = best - self.threshold(part.image) - torch.where(part.double, 0.0, slack)
+        wanted = torch.sqrt(remainder / (0.8 * room).clamp(min=1e-30))
+        # What is within rounding of the threshold goes to float64 as it is.
+        precise = part.double | (remainder + room.abs() < 2 * slack) | (room.abs() < slack) & (remainder < slack)
+        count = wanted.ceil().clamp(2, 12)
+        count = torch.where(room <= 0, 2, count)
+        count = torch.where(precise & ~part.double, 1, count).long()
+        width = (part.hi - part.lo).amax(1)
+        scale = torch.maximum(part.hi.abs(), part.lo.abs()).amax(1).clamp(min=1e-12)
+        narrow = (width < 1e-11 * scale) & part.double
+        self.stuck[part.image[narrow]] = True
+        self._keep(part.image[narrow], bound[narrow])
+        keep = (~narrow).nonzero().squeeze(1)
+        if spare and self.method == "auto" and len(keep):
+            keep = self._hand_over(part, keep, wanted, room)
+        pieces = [_Open(part.image[:0], part.lo[:0], part.hi[:0], part.double[:0])]
+        for j in keep.tolist():
+            axis = int(((part.hi[j] - part.lo[j]) > 0).double().mul(steps[j].abs() + 1e-30).argmax())
+            share = torch.linspace(0, 1, int(count[j]) + 1, dtype=torch.float64)
+            cuts = part.lo[j, axis] + (part.hi[j, axis] - part.lo[j, axis]) * share
+            cuts[-1] = part.hi[j, axis]
+            lo, hi = part.lo[j].repeat(len(cuts) - 1, 1), part.hi[j].repeat(len(cuts) - 1, 1)
+            lo[:, axis], hi[:, axis] = cuts[:-1], cuts[1:]
+            pieces.append(_Open(part.image[j].repeat(len(lo)), lo, hi, precise[j].repeat(len(lo))))
+        return _Open.join(pieces)
+
+    # -- pieces ----------------------------------------------------------------------------------------------------
+
+    def _hand_over(self, part: _Open, keep: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
+        """List the pieces of those sub-intervals where that costs less than splitting on; return the others."""
+        if not (self.motion.exact and enumeration.listable(self.engine(self._only_double).graph)):
+            return keep
+        stay = []
+        for j in keep.tolist():
+            i = int(part.image[j])
+            width = float(part.hi[j, 0] - part.lo[j, 0])
+            forms = float(wanted[j]) if room[j] > 0 else math.inf
+            if forms < 4:
+                stay.append(j)
+                continue
+            if i not in self.density:
+                first = _Open(part.image[j : j + 1], part.lo[j : j + 1], part.lo[j : j + 1] + width / 64, part.double[j : j + 1])
+                self.enumerate(i, first)
+                if self.upper[i] <= self.stop_at[i]:
+                    break
+            if self.density[i] * width + 2 < _FORM_COST * min(forms, 4096):
+                self.enumerate(i, part.pick(torch.tensor([j])))
+                if self.upper[i] <= self.stop_at[i]:
+                    break
+            else:
+                stay.append(j)
+        return torch.tensor(stay, dtype=torch.int64)
+
+    def enumerate(self, i: int, pending: _Open) -> None:
+        """Decide sub-intervals of image i by listing their linear pieces."""
+        if not self.motion.exact:
+            raise UnsupportedOperation(f"{self.motion.p.describe()} is not piecewise linear; use method='branch'")
+        for j in range(len(pending)):
+            lo, hi = float(pending.lo[j, 0]), float(pending.hi[j, 0])
+            double = bool(pending.double[j])
+            begin = time.perf_counter()
+            left = self.budget.seconds - float(self.seconds[i])
+            stop = float(self.stop_at[i]) if self.prune_at is not None else -math.inf
+            found = self._list(i, lo, hi, double, stop, left)
+            slack = SCREEN * float(self.size[i])
+            close = not double and (
+                self.prune_at is not None and float(self.stop_at[i]) - slack < found.lower <= float(self.prune_at[i]) + slack
+            )
+            if close and not found.timeout:
+                found = self._list(i, lo, hi, True, stop, left)
+            self.pieces[i] += found.pieces
+            if hi > lo and found.done > lo:
+                self.density[i] = found.pieces / (found.done - lo)
+            self.look(torch.tensor([i]), torch.tensor([[found.argmin]], dtype=torch.float64))
+            self._keep(torch.tensor([i]), torch.tensor([found.lower], dtype=torch.float64))
+            self.seconds[i] += time.perf_counter() - begin
+            if found.timeout:
+                self.timeout[i] = True
+                self.lower[i] = -math.inf
+                return
+            if self.upper[i] <= self.stop_at[i]:
+                return
+
+    def _list(self, i: int, lo: float, hi: float, double: bool, stop: float, seconds: float) -> enumeration.Listing:
+        engine = self.engine(double or self._only_double)
+        rows = engine.rows
+        return enumeration.lowest(
+            engine.graph, self.motion, i, lo, hi, rows.C[i], rows.d[i], engine.dtype,
+            stop=stop, seconds=seconds, memory=self.budget.memory,
+        )  # fmt: skip
