@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from certify.bounds.ascent import Problems, Slopes, ascend, limits, tighten
+from certify.bounds.ascent import Problems, Memories, ascend, limits, tighten
 from certify.bounds.relunet import Lines, ReluNet
 
 
@@ -37,6 +37,7 @@ class Settings:
     root_steps: int = 20
     refresh_steps: int = 3
     refresh_every: int | None = None
+    indirect: bool = True
 
 
 @dataclasses.dataclass
@@ -138,11 +139,11 @@ class Search:
         settings: Settings,
         leaf: Callable[[Tensor, int | None], tuple[float, Tensor | None]],
         attack: Callable[[Tensor], Tensor | None],
-        slopes: Slopes,
+        memories: Memories,
     ) -> None:
         self.net, self.exact, self.margin, self.any_row, self.settings = net, exact, margin, any_row, settings
         self.leaf, self.attack = leaf, attack
-        self.slopes = slopes
+        self.memories = memories
         self.tables = _Tables(exact.lo, exact.hi)
         # Tightening all bounds of a subproblem costs as much as bounding this many subproblems; doing it once in a
         # subtree of that size at most doubles the work, and shrinks the subtrees below.
@@ -215,7 +216,7 @@ class Search:
         lo, hi = self.tables.read(state["table"], state["sign"])
         sign = state["sign"].t().contiguous()
         for k in range(2, len(self.net.blocks) + 1):
-            tighten(self.net, self.exact, k, lo, hi, self.settings.refresh_steps, sign, self.slopes)
+            tighten(self.net, self.exact, k, lo, hi, self.settings.refresh_steps, sign, self.memories)
         self.tally.refreshed += len(state["table"])
         # Bounds that cross by more than rounding can make them show that no input satisfies the splits.
         empty = (lo - hi > 1e-6 * (1 + lo.abs() + hi.abs())).any(0)
@@ -276,7 +277,7 @@ class Search:
         if not len(left):
             return
         unit = self._choose(
-            lines.select(more.nonzero().flatten()), best.theta[:, left], best.kept[:, left], best.gradient[:, left],
+            lines.select(more.nonzero().flatten()), best.theta[:, left], best.kept[:, left], exact_lo[:, left], exact_hi[:, left],
             {j: v[:, left] for j, v in (net.start(state["weights"].t())[0] if self.any_row else functional).items()},
             constant[left] if not self.any_row else net.start(state["weights"].t())[1][left], sign[:, left],
         )  # fmt: skip
@@ -305,11 +306,12 @@ class Search:
             self.stuck_lower = min(self.stuck_lower, value)
 
     def _choose(
-        self, lines: Lines, theta: Tensor, c: Tensor, gradient: Tensor, functional: dict[int, Tensor],
+        self, lines: Lines, theta: Tensor, c: Tensor, lo: Tensor, hi: Tensor, functional: dict[int, Tensor],
         constant: Tensor, sign: Tensor,
     ) -> Tensor:  # fmt: skip
         """The unit to split in each column."""
-        score = -c.clamp(max=0) * lines.intercept
+        effect = self._effects(lines, c, lo.to(c.dtype), hi.to(c.dtype))
+        score = effect * lines.intercept
         score = torch.where(lines.undecided > 0, score + 1e-12, torch.full_like(score, -1.0))
         tried = min(self.settings.tried, len(score))
         top = score.topk(tried, dim=0).indices
@@ -335,3 +337,22 @@ class Search:
         valid = score.gather(0, top) > 0
         better = torch.where(valid, better, torch.full_like(better, -torch.inf))
         return top.gather(0, better.argmax(0, keepdim=True)).squeeze(0)
+
+    def _effects(self, lines: Lines, c: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """By how much the bound falls with the intercept of each unit (U, B), to first order.
+
+        Directly, through its coefficient, and through the bounds of the units above it, whose own intercepts
+        ``-lo hi / (hi - lo)`` follow; how those bounds depend on intercepts below is taken from the root.
+        """
+        effect = -c.clamp(max=0)
+        if not self.settings.indirect:
+            return effect
+        width = (hi - lo).clamp_min(1e-12)
+        by_lo, by_hi = (hi / width) ** 2 * lines.undecided, (lo / width) ** 2 * lines.undecided
+        for k in range(len(self.net.blocks), 1, -1):
+            memory = self.memories.get(k)
+            if memory is not None:
+                span, below = self.net.span(k), self.net.offsets[k - 1]
+                effect[:below] += memory.weight[0].t() @ (by_lo[span] * effect[span])
+                effect[:below] += memory.weight[1].t() @ (by_hi[span] * effect[span])
+        return effect

@@ -1,7 +1,7 @@
 """One-parameter perturbations whose images follow a curve rather than a line: hue, user-given paths, rotation.
 
-Each image is a continuous function of ``t``. `Path.enclose` puts it, over any interval of t, inside a line with a radius
-around it, which shrinks to nothing with the interval; that is all a verifier needs. Where the image is piecewise linear
+Each image is a continuous function of ``t``. `Path.enclose` puts it, over any interval of t, inside a line with a
+radius around it, which shrinks to nothing with the interval; that is all a verifier needs. Where the image is piecewise linear
 in t, `Path.bends` tells where its pixels bend, and verdicts can be exact.
 """
 
@@ -58,16 +58,16 @@ class Path(Perturbation):
         lower, upper = x.clone(), x.clone()
         parts = 32
         for part in range(parts):
-            ends = (low + (high - low) * (part + k) / parts for k in (0, 1))
-            centre, slope, radius = self.enclose(x, *ends, image)
+            start, end = (low + (high - low) * (part + k) / parts for k in (0, 1))
+            centre, slope, radius = self.enclose(x, start, end, image)
             reach = slope.abs() + radius
             lower, upper = torch.minimum(lower, centre - reach), torch.maximum(upper, centre + reach)
         return _clip(lower, self.clip), _clip(upper, self.clip)
 
 
 def _chord(start: Tensor, end: Tensor, departures: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre, slope and radius of the chord from `start` to `end` for a piecewise linear function that departs from it by
-    `departures` at its bends."""
+    """Centre, slope and radius of the chord from `start` to `end`, for a piecewise linear function that departs from it
+    by `departures` at its bends."""
     least, most = torch.zeros_like(start), torch.zeros_like(start)
     for d in departures:
         least, most = torch.minimum(least, d), torch.maximum(most, d)
@@ -80,7 +80,7 @@ def _wide(t: Tensor, like: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Hue(Path):
-    """The hue of every pixel turns by ``t``, |t| <= eps <= 1/2, in turns (1 is the full circle), saturation and value kept.
+    """The hue of every pixel turns by ``t``, |t| <= eps <= 1/2 (1 is a full turn), saturation and value kept.
 
     Equal to `torchvision.transforms.functional.adjust_hue` up to that function's rounding. In HSV each channel is a
     trapezoid function of the hue, so every pixel is piecewise linear in t.
@@ -133,7 +133,7 @@ class Hue(Path):
         return value - chroma * centre, -chroma * slope, chroma * radius
 
     def bends(self, x: Tensor, image: Tensor) -> Tensor:
-        value, chroma, place = self._split(x)
+        _, chroma, place = self._split(x)
         coloured = place[(chroma > 0).expand_as(place)]
         return torch.cat([(b - coloured + 6 * turn) / 6 for b in (0.0, 1.0, 3.0, 4.0) for turn in (-1, 0, 1)])
 

@@ -3,8 +3,8 @@
 A network along a path of images is a function of t alone. `minimum` finds its smallest margin over the whole path:
 
 1. evaluate the network on a grid of t, which finds most counterexamples;
-2. bound the margins on sub-intervals of t with forward lines (`certify.bounds.forward`), and split what stays open into as
-   many parts as the width of the bound asks for (the remainder falls with the square of the length);
+2. bound the margins on sub-intervals of t with forward lines (`certify.bounds.forward`), and split what stays open into
+   as many parts as the width of the bound asks for (the remainder falls with the square of the length);
 3. for what still is open, tighten the rows by their tangent (`certify.bounds.tangent`), one backward pass an image;
 4. for piecewise linear networks, list all linear pieces exactly (`certify.enumeration`) where that is cheaper.
 
@@ -113,8 +113,8 @@ def verify(
         seed: for the points that are tried first when there are two or more parameters.
 
     Returns:
-        VIOLATED where the model itself fails on `inputs` in a plain forward pass; HOLDS where the smallest margin is proven
-        to exceed `MARGIN` times the size of the margins; UNKNOWN when the truth lies within rounding; TIMEOUT.
+        VIOLATED where the model itself fails on `inputs` in a plain forward pass; HOLDS where the smallest margin is
+        proven to exceed `MARGIN` times the size of the margins; UNKNOWN when the truth lies within rounding; TIMEOUT.
     """
     size = margin_size(nets.given, x, C, d)
     search = _Search(nets, x, C, d, p, budget, method, size, seed)
@@ -144,29 +144,57 @@ def minimum(
 
 
 def margin_size(graph: Graph, x: Tensor, C: Tensor, d: Tensor) -> Tensor:
-    """How large the numbers are that make up the margins: (N,) float64 on the CPU. Rounding errors are relative to it."""
+    """How large the numbers are that make up the margins, (N,) float64 on the CPU; rounding errors are relative to it."""
     y = graph.forward(x).abs()
     return ((C.abs() @ y.unsqueeze(2)).squeeze(2) + d.abs()).amax(1).double().cpu()
 
 
 @dataclasses.dataclass
 class _Open:
-    """Sub-intervals to be looked at: image (D,), lo and hi (D, K), and whether in float64 (D,); all on the CPU."""
+    """Sub-intervals to be looked at: image (D,), lo and hi (D, K), whether in float64 (D,), and the best bound known of
+    the margins on each (D,); all on the CPU."""
 
     image: Tensor
     lo: Tensor
     hi: Tensor
     double: Tensor
+    bound: Tensor
 
     def __len__(self) -> int:
         return len(self.image)
 
     def pick(self, index: Tensor) -> _Open:
-        return _Open(self.image[index], self.lo[index], self.hi[index], self.double[index])
+        return _Open(*(getattr(self, f.name)[index] for f in dataclasses.fields(_Open)))
 
     @staticmethod
     def join(parts: list[_Open]) -> _Open:
         return _Open(*(torch.cat([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(_Open)))
+
+
+@dataclasses.dataclass
+class _Left:
+    """Sub-intervals that a round left over, with the worst row's line: its smallest value `best` (D,), the radius around
+    it `remainder` (D,), its `steps` along each parameter (D, K), and the `slack` kept for rounding (D,)."""
+
+    part: _Open
+    best: Tensor
+    remainder: Tensor
+    steps: Tensor
+    slack: Tensor
+
+    def pick(self, index: Tensor) -> _Left:
+        return _Left(self.part.pick(index), *(v[index] for v in (self.best, self.remainder, self.steps, self.slack)))
+
+    @staticmethod
+    def none(part: _Open, parameters: int) -> _Left:
+        nothing = torch.zeros(0, dtype=torch.float64)
+        empty = part.pick(torch.zeros(0, dtype=torch.int64))
+        return _Left(empty, nothing, nothing, nothing.reshape(0, parameters), nothing)
+
+    @staticmethod
+    def join(parts: list[_Left]) -> _Left:
+        rest = (torch.cat([getattr(p, name) for p in parts]) for name in ("best", "remainder", "steps", "slack"))
+        return _Left(_Open.join([p.part for p in parts]), *rest)
 
 
 class _Rows:
@@ -174,6 +202,7 @@ class _Rows:
 
     def __init__(self, C: Tensor, d: Tensor) -> None:
         self.C, self.d = C, d
+        self.mix: Tensor | None = None
         half = C.shape[1] // 2
         eye = torch.eye(C.shape[1], dtype=C.dtype, device=C.device)
         if C.shape[1] == 2 * half and bool((C[:, :half] == -C[:, half:]).all()):
@@ -182,7 +211,7 @@ class _Rows:
             self.base, self.mix = C, eye
         else:
             outputs = torch.eye(C.shape[2], dtype=C.dtype, device=C.device)
-            self.base, self.mix = outputs.expand(len(C), -1, -1), None
+            self.base = outputs.expand(len(C), -1, -1)
         # Per image: the matrix from base rows to rows.
         self.matrix = C if self.mix is None else self.mix.expand(len(C), -1, -1)
 
@@ -253,7 +282,6 @@ class _Search:
         self.upper = torch.full((n,), math.inf, dtype=torch.float64)
         self.argmin = self.motion.lo.clone()
         self.lower = torch.full((n,), math.inf, dtype=torch.float64)
-        self.stuck = torch.zeros(n, dtype=torch.bool)
         self.timeout = torch.zeros(n, dtype=torch.bool)
         self.seconds = torch.zeros(n, dtype=torch.float64)
         self.forms = torch.zeros(n, dtype=torch.int64)
@@ -313,12 +341,13 @@ class _Search:
             if self.motion.parameters == 1:
                 cuts = torch.cat([lo, self.motion.knots[i], hi])
                 while len(cuts) < 5:
-                    cuts = torch.stack([cuts[:-1], (cuts[:-1] + cuts[1:]) / 2], 1).flatten().tolist() + [float(cuts[-1])]
-                    cuts = torch.tensor(cuts, dtype=torch.float64)
+                    cuts = torch.cat([cuts, (cuts[:-1] + cuts[1:]) / 2]).sort().values
                 low, high = cuts[:-1].unsqueeze(1), cuts[1:].unsqueeze(1)
             else:
                 low, high = lo.unsqueeze(0), hi.unsqueeze(0)
-            parts.append(_Open(torch.full((len(low),), i), low, high, torch.full((len(low),), self._only_double)))
+            n = len(low)
+            bound = torch.full((n,), -math.inf, dtype=torch.float64)
+            parts.append(_Open(torch.full((n,), i), low, high, torch.full((n,), self._only_double), bound))
         return _Open.join(parts)
 
     @property
@@ -332,18 +361,16 @@ class _Search:
         self.seconds += (time.perf_counter() - begin) / len(self.x)
         pending = self.start()
         if self.method != "enumerate":
-            pending = self.step(self.alive(pending), tangent=False)
+            left = self.step(self.alive(pending), tangent=False)
         for i in range(len(self.x)):
-            mine = pending.pick((pending.image == i).nonzero().squeeze(1))
+            if self.method == "enumerate":
+                self.enumerate(i, self.alive(pending.pick((pending.image == i).nonzero().squeeze(1))))
+                continue
             for engine in self._engines.values():
                 engine.tangents.clear()
-            self.settle(i, mine)
-        lower = torch.minimum(self.lower, self.upper)
-        if self.prune_at is not None:
-            lower = torch.where(self.upper <= 0, self.upper, lower)
-        lower = torch.where(self.stuck | self.timeout, torch.minimum(lower, self.lower), lower)
+            self.settle(i, left.pick((left.part.image == i).nonzero().squeeze(1)))
         return Minimum(
-            lower, self.upper, self.argmin, self.timeout, self.seconds,
+            torch.minimum(self.lower, self.upper), self.upper, self.argmin, self.timeout, self.seconds,
             {"sub-intervals": self.forms, "pieces": self.pieces},
         )  # fmt: skip
 
@@ -351,135 +378,131 @@ class _Search:
         """Without the sub-intervals of images that are decided."""
         return pending.pick((self.upper[pending.image] > self.stop_at[pending.image]).nonzero().squeeze(1))
 
-    def settle(self, i: int, pending: _Open) -> None:
+    def settle(self, i: int, left: _Left) -> None:
         """Work on one image until it is decided."""
-        rounds = 0
-        while len(pending):
+        tangent = False
+        while len(left.part):
             if self.upper[i] <= self.stop_at[i]:
                 return
             if self.seconds[i] > self.budget.seconds:
                 self.timeout[i] = True
+                self._keep(left.part.image, left.part.bound)
                 return
-            if self.method == "enumerate":
-                self.enumerate(i, pending)
-                return
-            many = len(pending) >= 12 or rounds >= 2
-            pending = self.step(pending, tangent=many, spare=rounds >= 1)
-            rounds += 1
+            wanted = self.wanted(left)
+            if self.method == "auto":
+                stay = self.hand_over(i, left, wanted)
+                left, wanted = left.pick(stay), wanted[stay]
+            # One backward pass for the tangent costs about as much as this many sub-intervals.
+            switch = not tangent and float(wanted.sum()) > 24
+            tangent = tangent or switch
+            left = self.step(self.split(left, wanted.clamp(max=2) if switch else wanted), tangent)
 
-    def step(self, pending: _Open, tangent: bool, spare: bool = False) -> _Open:
-        """Bound all sub-intervals once; return what must be looked at next. `spare`: list pieces where that is cheaper."""
-        parts = []
+    def step(self, pending: _Open, tangent: bool) -> _Left:
+        """Bound all sub-intervals once; what is left over."""
+        parts = [_Left.none(pending, self.motion.parameters)]
         per = max(1, self.budget.memory // (24 * 8 * self.engine(self._only_double).nodes))
         per = min(per, 256 if self.x.is_cuda else 8)
         for double in (False, True):
             queue = pending.pick((pending.double == double).nonzero().squeeze(1))
             for at in range(0, len(queue), per):
-                part = queue.pick(torch.arange(at, min(at + per, len(queue))))
-                if self._late(part):
+                part = self.alive(queue.pick(torch.arange(at, min(at + per, len(queue)))))
+                part = self._in_time(part)
+                if not len(part):
                     continue
                 begin = time.perf_counter()
-                parts.append(self._bound(part, double, tangent, spare))
+                parts.append(self._bound(part, double, tangent))
                 share = (time.perf_counter() - begin) / len(part)
                 self.seconds.index_add_(0, part.image, torch.full((len(part),), share, dtype=torch.float64))
-                if self.prune_at is not None and bool((self.upper[part.image] <= self.stop_at[part.image]).all()):
-                    break
-        return _Open.join(parts) if parts else pending.pick(torch.zeros(0, dtype=torch.int64))
+        return _Left.join(parts)
 
-    def _late(self, part: _Open) -> bool:
+    def _in_time(self, part: _Open) -> _Open:
+        """Without the sub-intervals of images whose time is spent."""
         late = self.seconds[part.image] > self.budget.seconds
         self.timeout[part.image[late]] = True
-        self.lower[part.image[late]] = -math.inf
-        return bool(late.all())
+        self._keep(part.image[late], part.bound[late])
+        return part.pick((~late).nonzero().squeeze(1))
 
-    def _bound(self, part: _Open, double: bool, tangent: bool, spare: bool) -> _Open:
+    def _bound(self, part: _Open, double: bool, tangent: bool) -> _Left:
         base, slopes, radius = self.engine(double).lines(part, tangent)
         self.forms.index_add_(0, part.image, torch.ones_like(part.image))
         sway = slopes.abs().sum(0)
         row = (base - sway - radius).argmin(1)
         pick = (torch.arange(len(row), device=row.device), row)
         line = torch.stack([base[pick], sway[pick], radius[pick], *slopes[:, pick[0], row]]).double().cpu()
-        steps = line[3:].t()
-        bound, best, remainder = line[0] - line[1] - line[2], line[0] - line[1], line[2]
         slack = (MARGIN if double else SCREEN) * self.size[part.image]
-        threshold = self.threshold(part.image)
-        done = bound - (0 if double else slack) > threshold
-        self._keep(part.image[done], bound[done])
-        left = (~done).nonzero().squeeze(1)
-        if not len(left):
-            return part.pick(left)
-        # Where the worst line is lowest the network is worth a look: the worst place of every image.
-        self._peek(part.pick(left), steps[left], best[left])
-        return self._split(part.pick(left), bound[left], best[left], remainder[left], steps[left], slack[left], spare)
+        bound = line[0] - line[1] - line[2] - (0 if double else slack)
+        part = dataclasses.replace(part, bound=torch.maximum(bound, part.bound))
+        done = part.bound > self.threshold(part.image)
+        self._keep(part.image[done], part.bound[done])
+        left = _Left(part, line[0] - line[1], line[2], line[3:].t(), slack).pick((~done).nonzero().squeeze(1))
+        if len(left.part):
+            self._peek(left)
+        return left
 
     def _keep(self, image: Tensor, bound: Tensor) -> None:
         self.lower.scatter_reduce_(0, image, bound, "amin")
 
-    def _peek(self, part: _Open, steps: Tensor, best: Tensor) -> None:
-        rows = []
+    def _peek(self, left: _Left) -> None:
+        """Evaluate the network where the worst line of each image is lowest."""
+        part, rows = left.part, []
         for i in part.image.unique().tolist():
             mine = (part.image == i).nonzero().squeeze(1)
-            rows.append(mine[best[mine].argmin()])
+            rows.append(mine[left.best[mine].argmin()])
         index = torch.stack(rows)
         middle, half = (part.lo + part.hi)[index] / 2, (part.hi - part.lo)[index] / 2
-        self.look(part.image[index], middle - half * steps[index].sign())
+        self.look(part.image[index], middle - half * left.steps[index].sign())
 
-    def _split(
-        self, part: _Open, bound: Tensor, best: Tensor, remainder: Tensor, steps: Tensor, slack: Tensor, spare: bool
-    ) -> _Open:
-        """Cut sub-intervals into as many parts as should do: the remainder falls with the square of the length."""
-        room = best - self.threshold(part.image) - torch.where(part.double, 0.0, slack)
-        wanted = torch.sqrt(remainder / (0.8 * room).clamp(min=1e-30))
-        # What is within rounding of the threshold goes to float64 as it is.
-        precise = part.double | (remainder + room.abs() < 2 * slack) | (room.abs() < slack) & (remainder < slack)
-        count = wanted.ceil().clamp(2, 12)
-        count = torch.where(room <= 0, 2, count)
-        count = torch.where(precise & ~part.double, 1, count).long()
-        width = (part.hi - part.lo).amax(1)
+    def wanted(self, left: _Left) -> Tensor:
+        """Into how many parts each sub-interval must be cut: the remainder falls with the square of the length."""
+        floor = 1e-3 * self.size[left.part.image]
+        return torch.sqrt(left.remainder / torch.maximum(0.8 * self._room(left), floor)).clamp(min=2)
+
+    def _room(self, left: _Left) -> Tensor:
+        """How far the worst centre line stays above the threshold."""
+        return left.best - self.threshold(left.part.image) - torch.where(left.part.double, 0.0, left.slack)
+
+    def split(self, left: _Left, wanted: Tensor) -> _Open:
+        """The next sub-intervals. What is within rounding of the threshold goes to float64 as it is."""
+        part, room = left.part, self._room(left).abs()
+        near = (left.remainder + room < 2 * left.slack) | ((room < left.slack) & (left.remainder < left.slack))
+        precise = part.double | near
+        count = torch.where(near & ~part.double, 1, wanted.clamp(max=12).ceil()).long()
         scale = torch.maximum(part.hi.abs(), part.lo.abs()).amax(1).clamp(min=1e-12)
-        narrow = (width < 1e-11 * scale) & part.double
-        self.stuck[part.image[narrow]] = True
-        self._keep(part.image[narrow], bound[narrow])
-        keep = (~narrow).nonzero().squeeze(1)
-        if spare and self.method == "auto" and len(keep):
-            keep = self._hand_over(part, keep, wanted, room)
-        pieces = [_Open(part.image[:0], part.lo[:0], part.hi[:0], part.double[:0])]
-        for j in keep.tolist():
-            axis = int(((part.hi[j] - part.lo[j]) > 0).double().mul(steps[j].abs() + 1e-30).argmax())
-            share = torch.linspace(0, 1, int(count[j]) + 1, dtype=torch.float64)
-            cuts = part.lo[j, axis] + (part.hi[j, axis] - part.lo[j, axis]) * share
-            cuts[-1] = part.hi[j, axis]
-            lo, hi = part.lo[j].repeat(len(cuts) - 1, 1), part.hi[j].repeat(len(cuts) - 1, 1)
+        narrow = ((part.hi - part.lo).amax(1) < 1e-11 * scale) & part.double
+        self._keep(part.image[narrow], part.bound[narrow])
+        pieces = [part.pick(torch.zeros(0, dtype=torch.int64))]
+        for j in (~narrow).nonzero().squeeze(1).tolist():
+            axis = int(((part.hi[j] - part.lo[j]) > 0).double().mul(left.steps[j].abs() + 1e-30).argmax())
+            n = int(count[j])
+            cuts = torch.lerp(part.lo[j, axis], part.hi[j, axis], torch.linspace(0, 1, n + 1, dtype=torch.float64))
+            cuts[0], cuts[-1] = part.lo[j, axis], part.hi[j, axis]
+            lo, hi = part.lo[j].repeat(n, 1), part.hi[j].repeat(n, 1)
             lo[:, axis], hi[:, axis] = cuts[:-1], cuts[1:]
-            pieces.append(_Open(part.image[j].repeat(len(lo)), lo, hi, precise[j].repeat(len(lo))))
+            pieces.append(_Open(part.image[j].repeat(n), lo, hi, precise[j].repeat(n), part.bound[j].repeat(n)))
         return _Open.join(pieces)
 
     # -- pieces ----------------------------------------------------------------------------------------------------
 
-    def _hand_over(self, part: _Open, keep: Tensor, wanted: Tensor, room: Tensor) -> Tensor:
-        """List the pieces of those sub-intervals where that costs less than splitting on; return the others."""
+    def hand_over(self, i: int, left: _Left, wanted: Tensor) -> Tensor:
+        """List the pieces of the sub-intervals where that costs less than cutting on; the indices of the others."""
+        everything = torch.arange(len(wanted))
         if not (self.motion.exact and enumeration.listable(self.engine(self._only_double).graph)):
-            return keep
-        stay = []
-        for j in keep.tolist():
-            i = int(part.image[j])
-            width = float(part.hi[j, 0] - part.lo[j, 0])
-            forms = float(wanted[j]) if room[j] > 0 else math.inf
-            if forms < 4:
-                stay.append(j)
-                continue
-            if i not in self.density:
-                first = _Open(part.image[j : j + 1], part.lo[j : j + 1], part.lo[j : j + 1] + width / 64, part.double[j : j + 1])
-                self.enumerate(i, first)
-                if self.upper[i] <= self.stop_at[i]:
-                    break
-            if self.density[i] * width + 2 < _FORM_COST * min(forms, 4096):
-                self.enumerate(i, part.pick(torch.tensor([j])))
-                if self.upper[i] <= self.stop_at[i]:
-                    break
-            else:
-                stay.append(j)
-        return torch.tensor(stay, dtype=torch.int64)
+            return everything
+        part = left.part
+        width = (part.hi - part.lo)[:, 0]
+        if i not in self.density:
+            if float(wanted.max()) < 64:
+                return everything
+            first = part.pick(wanted.argmax().reshape(1))
+            self.enumerate(i, dataclasses.replace(first, hi=first.lo + (first.hi - first.lo) / 64))
+        cheap = self.density.get(i, math.inf) * width + 2 < _FORM_COST * wanted
+        for j in cheap.nonzero().squeeze(1).tolist():
+            if self.upper[i] <= self.stop_at[i] or self.timeout[i]:
+                break
+            self.enumerate(i, part.pick(torch.tensor([j])))
+        if self.timeout[i]:
+            self._keep(part.image, part.bound)
+        return (~cheap).nonzero().squeeze(1)
 
     def enumerate(self, i: int, pending: _Open) -> None:
         """Decide sub-intervals of image i by listing their linear pieces."""
@@ -492,21 +515,21 @@ class _Search:
             left = self.budget.seconds - float(self.seconds[i])
             stop = float(self.stop_at[i]) if self.prune_at is not None else -math.inf
             found = self._list(i, lo, hi, double, stop, left)
-            slack = SCREEN * float(self.size[i])
-            close = not double and (
-                self.prune_at is not None and float(self.stop_at[i]) - slack < found.lower <= float(self.prune_at[i]) + slack
-            )
-            if close and not found.timeout:
-                found = self._list(i, lo, hi, True, stop, left)
+            slack = 0.0 if double else SCREEN * float(self.size[i])
+            threshold = float(self.threshold(torch.tensor([i])))
+            if found.lower - slack <= threshold and not double and not found.timeout:
+                self.look(torch.tensor([i]), torch.tensor([[found.argmin]], dtype=torch.float64))
+                if self.upper[i] > self.stop_at[i]:
+                    found, slack = self._list(i, lo, hi, True, stop, left), 0.0
             self.pieces[i] += found.pieces
             if hi > lo and found.done > lo:
                 self.density[i] = found.pieces / (found.done - lo)
             self.look(torch.tensor([i]), torch.tensor([[found.argmin]], dtype=torch.float64))
-            self._keep(torch.tensor([i]), torch.tensor([found.lower], dtype=torch.float64))
+            self._keep(torch.tensor([i]), torch.tensor([found.lower - slack], dtype=torch.float64))
             self.seconds[i] += time.perf_counter() - begin
             if found.timeout:
                 self.timeout[i] = True
-                self.lower[i] = -math.inf
+                self._keep(pending.image[j:], pending.bound[j:])
                 return
             if self.upper[i] <= self.stop_at[i]:
                 return

@@ -36,6 +36,11 @@ class Motion:
         """Whether images are piecewise linear in t, so that a piecewise linear network is, too."""
         return self.parameters == 1 and (self._directions is not None or bool(getattr(self.p, "piecewise", False)))
 
+    @property
+    def bent(self) -> bool:
+        """Whether images bend before they are clipped."""
+        return self._directions is None
+
     def network(self, graph: Graph) -> Graph:
         """`graph` behind the clipping of this perturbation."""
         if not self.p.clip:

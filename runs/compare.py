@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -23,7 +23,9 @@ from runs.store import Record, Store, StoreError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from runs import engine
+    from runs import progress
+    from runs.cell import Cell
+    from runs.execute import Execute
     from runs.leaderboard import Table
 
 T = TypeVar("T")
@@ -34,6 +36,7 @@ CERTIFIERS = {
     "crown-ibp": "linear bounds of the output over intervals inside",
     "crown": "linear bounds of every unit (CROWN)",
 }
+ENGINES = ("auto", "serial", "processes")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -68,8 +71,9 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where records and leaderboards go"
     )
-    how.add_argument("--engine", choices=("serial",), default="serial", help="what runs the cells")
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a cell; all available ones if not given")
+    how.add_argument("--engine", choices=ENGINES, default="auto", help="auto: processes on a CPU, serial on a GPU")
+    how.add_argument("--workers", type=int, metavar="N", help="cells at once with processes; one per core if not given")
+    how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a cell; an equal share if not given")
     how.add_argument("--force", action="store_true", help="redo cells that are on record")
     how.add_argument("--dry-run", action="store_true", help="print the cells and the expected minutes, run nothing")
     how.add_argument(
@@ -160,7 +164,7 @@ def selection(args: argparse.Namespace) -> suites.Selection:
         check("data set", name.split(":")[0], ours("datasets").names())
     if args.verifier is not None:
         check("certifier", args.verifier, CERTIFIERS)
-    for option in ("limit", "images", "threads"):
+    for option in ("limit", "images", "threads", "workers"):
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option} must be at least 1, got {value}")
@@ -187,7 +191,7 @@ def _tuple(values: Sequence[T] | None) -> tuple[T, ...] | None:
 
 def run_command(args: argparse.Namespace, console: Console) -> int:
     """Plan, run, and print the leaderboard of a suite."""
-    from runs import engine, progress
+    from runs import progress
 
     plan = suites.plan(args.suite, args.preset, selection(args))
     store = Store(args.results)
@@ -204,8 +208,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     interrupted = False
     with progress.show(len(plan.cells), console) as shown:
         try:
-            work = _work(args, store)
-            engine.SerialEngine().run(plan.cells, work, store, shown, force=args.force)
+            run_cells(plan.cells, args, store, shown)
         except KeyboardInterrupt:
             interrupted = True
     records = [record for cell in plan.cells if (record := store.record(cell)) is not None]
@@ -217,10 +220,25 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     return status
 
 
-def _work(args: argparse.Namespace, store: Store) -> engine.Work:
+def run_cells(cells: Sequence[Cell], args: argparse.Namespace, store: Store, shown: progress.Progress) -> None:
+    """Run the cells with the engine, the workers and the threads that the arguments ask for."""
+    from runs import engine
     from runs.execute import Execute
+    from runs.measure import available_cores
 
-    return Execute.on(args.device, threads=args.threads, data_dir=args.data_dir, store=store)
+    def work(threads: int) -> Callable[[], Execute]:
+        return Execute.factory(args.device, threads=threads, data_dir=args.data_dir, store=store)
+
+    cores = available_cores()
+    here = work(args.threads or cores)()
+    left = [cell for cell in cells if args.force or (r := store.record(cell)) is None or r["status"] != "done"]
+    workers = min(args.workers or cores, max(1, len(left)))
+    if args.engine == "processes" or (args.engine == "auto" and here.device.type == "cpu" and workers > 1):
+        here.prepare(left, shown)
+        many = engine.ProcessEngine(workers)
+        many.run(cells, work(args.threads or max(1, cores // workers)), store, shown, force=args.force)
+    else:
+        engine.SerialEngine().run(cells, here, store, shown, force=args.force)
 
 
 def _minutes(seconds: float) -> str:

@@ -1,15 +1,25 @@
 """Running many cells: skip what is on record, lock what is not, isolate failures.
 
-An engine takes cells and a ``Work`` function and returns one record per cell. The serial engine is the reference:
-another engine must give the same records.
+An engine takes cells and returns one record per cell, in their order. The serial engine is the reference: another
+engine must give the same records. Every engine raises StorageFull when the disk is full and KeyboardInterrupt when
+interrupted; either way the folder resumes.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 import traceback
 from collections import deque
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import Queue
+from queue import Empty
+from typing import Any, Protocol
 
 from runs.cell import SCHEMA, Cell
 from runs.progress import Progress
@@ -22,13 +32,8 @@ class Work(Protocol):
     def __call__(self, cell: Cell, slot: Slot, progress: Progress) -> Record: ...
 
 
-class Engine(Protocol):
-    """Runs cells and returns their records in the order of the cells."""
-
-    def run(
-        self, cells: Sequence[Cell], work: Work, store: Store, progress: Progress, *, force: bool = False
-    ) -> list[Record]:
-        """Raises StorageFull on a full disk and KeyboardInterrupt when interrupted; either way the folder resumes."""
+Factory = Callable[[], Work]
+"""Makes the ``Work`` in the process that does it."""
 
 
 def failure(cell: Cell, error: BaseException, stage: str = "") -> Record:
@@ -103,6 +108,132 @@ class SerialEngine:
 
 def _finished(record: Record | None) -> Record | None:
     return record if record is not None and record["status"] == DONE else None
+
+
+class ProcessEngine:
+    """Several cells at once, each in a process of its own.
+
+    Each process runs the serial engine on one cell at a time, so that locks, records and failures are the same. When a
+    process dies (killed, out of memory) the cells at work fail, and the others go on in fresh processes.
+    """
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise ValueError(f"an engine needs at least one worker, got {workers}")
+        self.workers = workers
+
+    def run(
+        self, cells: Sequence[Cell], work: Factory, store: Store, progress: Progress, *, force: bool = False
+    ) -> list[Record]:
+        """As the serial engine's; ``work`` is a picklable function that makes the ``Work`` inside each process."""
+        unique = list(dict.fromkeys(cells))
+        records: dict[Cell, Record] = {}
+        while left := [cell for cell in unique if cell not in records]:
+            finished = len(records)
+            self._round(left, work, store, progress, force, records)
+            if len(records) == finished:
+                raise RuntimeError("worker processes die before they take up a cell; --engine serial shows why")
+        return [records[cell] for cell in unique]
+
+    def _round(
+        self,
+        cells: Sequence[Cell],
+        work: Factory,
+        store: Store,
+        progress: Progress,
+        force: bool,
+        records: dict[Cell, Record],
+    ) -> None:
+        """Run cells until they are all done or a process dies; finished ones are added to ``records``."""
+        context = multiprocessing.get_context("spawn")
+        events = context.Queue()
+        running: set[Cell] = set()
+        over = threading.Event()
+        listener = threading.Thread(target=_listen, args=(events, progress, running, over), daemon=True)
+        listener.start()
+        pool = ProcessPoolExecutor(self.workers, context, _start, (work, events))
+        try:
+            futures = {pool.submit(_one, cell, store, force): cell for cell in cells}
+            for future in as_completed(futures):
+                try:
+                    records[futures[future]] = future.result()
+                except BrokenProcessPool:
+                    break
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            over.set()
+            listener.join(timeout=5)
+        for cell in [cell for cell in cells if cell in running and cell not in records]:
+            error = ChildProcessError("the process of this cell died: it was killed, or ran out of memory")
+            slot = store.slot(cell)
+            with slot.lock(wait=True):
+                records[cell] = slot.write_record(failure(cell, error))
+            progress.end(cell, records[cell], cached=False)
+
+
+_WORK: Work | None = None
+_EVENTS: Queue[Any] | None = None
+
+
+def _start(work: Factory, events: Queue[Any]) -> None:
+    """Prepare a worker process."""
+    global _WORK, _EVENTS
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends the process; its folder resumes
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    _WORK, _EVENTS = work(), events
+
+
+def _follow_parent() -> None:
+    """End this process when its parent does, even on ``kill -9``: a new run should find no one at its cells."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _one(cell: Cell, store: Store, force: bool) -> Record:
+    """Run one cell in a worker process."""
+    assert _WORK is not None
+    assert _EVENTS is not None
+    return SerialEngine().run([cell], _WORK, store, _Sender(_EVENTS), force=force)[0]
+
+
+class _Sender:
+    """Progress of a worker process, sent to the parent."""
+
+    def __init__(self, events: Queue[Any]) -> None:
+        self._events = events
+
+    def begin(self, cell: Cell) -> None:
+        self._events.put(("begin", (cell,), {}))
+
+    def step(self, cell: Cell, stage: str, done: float, total: float) -> None:
+        self._events.put(("step", (cell, stage, done, total), {}))
+
+    def end(self, cell: Cell, record: Record, *, cached: bool) -> None:
+        # What a line of progress shows; the whole record comes back as the result.
+        short = {name: record[name] for name in ("status", "error", "results") if name in record}
+        short["results"] = [{k: r[k] for k in ("label", "verified", "images")} for r in record.get("results", ())]
+        self._events.put(("end", (cell, short), {"cached": cached}))
+
+    def note(self, text: str) -> None:
+        self._events.put(("note", (text,), {}))
+
+
+def _listen(events: Queue[Any], progress: Progress, running: set[Cell], over: threading.Event) -> None:
+    """Hand the workers' events to the parent's progress, and keep track of which cells they are at."""
+    while True:
+        try:
+            name, arguments, named = events.get(timeout=0.2)
+        except Empty:
+            if over.is_set():
+                return
+            continue
+        if name == "begin":
+            running.add(arguments[0])
+        elif name == "end":
+            running.discard(arguments[0])
+        getattr(progress, name)(*arguments, **named)
 
 
 def failed(records: Iterable[Record]) -> list[Record]:

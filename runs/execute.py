@@ -7,12 +7,14 @@ numbers are those of an uninterrupted one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import math
 import shutil
 import statistics as stdlib_statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ class Library:
     root: Path | None
     loaded: dict[tuple[Data, int], Packs] = field(default_factory=dict)
 
-    def get(self, data: Data, images: int, progress: Progress) -> Packs:
+    def get(self, data: Data, images: int, tell: Callable[[int, int], None]) -> Packs:
         """Load a data set, or return it if this process has it.
 
         Raises:
@@ -65,9 +67,6 @@ class Library:
         if key not in self.loaded:
             load = ours("datasets").load
             options: dict[str, Any] = dict(data.settings)
-
-            def tell(done: int, total: int) -> None:
-                progress.step(f"preparing {data.name}", done, total)
 
             def split(name: str, limit: int | None) -> Any:
                 return load(data.name, self.root, name, limit=limit, progress=tell, **options)
@@ -95,16 +94,40 @@ class Execute:
         torch.set_num_threads(threads or measure.available_cores())
         return cls(resolve_device(device), Library(data_dir), store)
 
+    @staticmethod
+    def factory(device: str, *, threads: int | None, data_dir: Path | None, store: Store) -> Callable[[], Execute]:
+        """``on`` with its arguments, to be called in another process."""
+        return functools.partial(Execute.on, device, threads=threads, data_dir=data_dir, store=store)
+
+    def prepare(self, cells: Sequence[Cell], progress: Progress) -> None:
+        """Load every data set once, so that what has to be rendered or unpacked is in the cache when processes start.
+
+        A data set that cannot be had is left to its cells, which fail with the reason.
+        """
+        for cell in {(cell.data, cell.verifier.images): cell for cell in cells}.values():
+
+            def tell(done: int, total: int, cell: Cell = cell) -> None:
+                progress.step(cell, "preparing the data", done, total)
+
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                self.library.get(cell.data, cell.verifier.images, tell)
+
     def __call__(self, cell: Cell, slot: Slot, progress: Progress) -> Record:
         started = time.perf_counter()
-        packs = self.library.get(cell.data, cell.verifier.images, progress)
+
+        def tell(done: int, total: int) -> None:
+            progress.step(cell, "preparing the data", done, total)
+
+        packs = self.library.get(cell.data, cell.verifier.images, tell)
         fingerprints = {name: getattr(packs, name).fingerprint for name in ("train", "val", "test")}
         trained = self._trained(cell, slot, packs, fingerprints, progress)
         model = models.load(slot.model_path, device=self.device)
         mask = masks.load(slot.mask_path, model)
         x, y = packs.test.tensors(device=self.device)
+        if any(row["data"] != fingerprints["test"] for row in slot.examples()):
+            slot.clear_examples()  # verdicts on other images than today's
         results = [
-            certify_one(cell, perturbation, model, x, y, packs.test.task, slot, position, progress)
+            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress)
             for position, perturbation in enumerate(cell.perturbations)
         ]
         return {
@@ -134,16 +157,17 @@ class Execute:
     ) -> dict[str, Any]:
         """Train unless this folder, or another cell's, holds exactly this network; returns the line that says so."""
         found = slot.trained()
-        if found is not None and found["fingerprints"] == fingerprints:
+        data = {name: fingerprints[name] for name in ("train", "val")}
+        if found is not None and found["fingerprints"] == data:
             return found
         slot.clear_examples()
         twin = self.store.same_training(cell)
-        if twin is not None and (line := twin.trained()) is not None and line["fingerprints"] == fingerprints:
+        if twin is not None and (line := twin.trained()) is not None and line["fingerprints"] == data:
             for name in (*line["files"], "history.jsonl"):
                 shutil.copyfile(twin.path / name, slot.path / name)
             if (copied := slot.trained()) is not None:
                 return copied
-        return self._train(cell, slot, packs, fingerprints, progress)
+        return self._train(cell, slot, packs, data, progress)
 
     def _train(
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
@@ -167,13 +191,13 @@ class Execute:
         def tell(model: nn.Module, record: object) -> None:
             nonlocal epochs_done
             epochs_done += 1
-            progress.step("training", epochs_done, total)
+            progress.step(cell, "training", epochs_done, total)
 
         augment = packs.train.augmentation if cell.data.augment else None
         batches = packs.train.batches(cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment)
         val = packs.val.batches(256, device=self.device, shuffle=False)
         folder = slot.path / "training"
-        progress.step("training", 0, total)
+        progress.step(cell, "training", 0, total)
         with measure.Peak(self.device) as peak:
             outcome = method_class(config).fit(
                 network,
@@ -279,12 +303,12 @@ def certify_one(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
-    task: str,
+    pack: Any,
     slot: Slot,
     position: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Verdicts on all test images ``x`` (N, C, H, W) under one perturbation, batch by batch, and their summary."""
+    """Verdicts on all images ``x`` (N, C, H, W) of the test ``pack`` under one perturbation, and their summary."""
     label = perturbation.label
     rows = slot.examples()
     own = [row for row in rows if row["perturbation"] == label]
@@ -293,16 +317,16 @@ def certify_one(
         slot.keep_examples(len(rows) - (len(own) - whole))
         own = own[:whole]
     for start in range(whole, len(x), BATCH):
-        progress.step(f"certifying {label}", position * len(x) + start, len(cell.perturbations) * len(x))
+        progress.step(cell, f"certifying {label}", position * len(x) + start, len(cell.perturbations) * len(x))
         batch = slice(start, start + BATCH)
-        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], task, start)
+        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start)
         slot.append_examples(fresh)
         own += fresh
-    return summarise(perturbation, own, task)
+    return summarise(perturbation, own, pack.task)
 
 
 def verdicts(
-    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, task: str, start: int
+    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, pack: Any, start: int
 ) -> list[dict[str, Any]]:
     """One row per image: clean result, verdict, certified margin, unstable ReLUs, seconds, peak memory."""
     p = measure.perturbation(perturbation.kind, perturbation.magnitude)
@@ -310,7 +334,7 @@ def verdicts(
     with torch.no_grad():
         outputs = model(x)
     spec: certify.Spec
-    if task == "keypoints":
+    if pack.task == "keypoints":
         clean = (outputs - y).reshape(len(x), -1, 2).norm(dim=2).mean(1)
         spec = certify.Deviation(delta=verifier.delta)
     else:
@@ -327,6 +351,7 @@ def verdicts(
         {
             "perturbation": perturbation.label,
             "index": start + i,
+            "data": pack.fingerprint,
             "clean": value,
             "status": certify.Status(status).name.lower(),
             "lower": lower if math.isfinite(lower) else None,

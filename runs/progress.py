@@ -18,8 +18,8 @@ class Progress(Protocol):
     def begin(self, cell: Cell) -> None:
         """A cell starts."""
 
-    def step(self, stage: str, done: float, total: float) -> None:
-        """The current cell is ``done`` of ``total`` through a stage such as training or certifying."""
+    def step(self, cell: Cell, stage: str, done: float, total: float) -> None:
+        """The cell is ``done`` of ``total`` through a stage such as training or certifying."""
 
     def end(self, cell: Cell, record: Record, *, cached: bool) -> None:
         """A cell is finished, failed, or was already on record."""
@@ -33,7 +33,7 @@ class Silent:
 
     def begin(self, cell: Cell) -> None: ...
 
-    def step(self, stage: str, done: float, total: float) -> None: ...
+    def step(self, cell: Cell, stage: str, done: float, total: float) -> None: ...
 
     def end(self, cell: Cell, record: Record, *, cached: bool) -> None: ...
 
@@ -55,16 +55,17 @@ class Lines:
     def __init__(self, total: int, console: Console) -> None:
         self.total, self.console = total, console
         self.index = 0
-        self.started = 0.0
+        self.started: dict[Cell, float] = {}
 
     def begin(self, cell: Cell) -> None:
-        self.started = time.monotonic()
+        self.started[cell] = time.monotonic()
 
-    def step(self, stage: str, done: float, total: float) -> None: ...
+    def step(self, cell: Cell, stage: str, done: float, total: float) -> None: ...
 
     def end(self, cell: Cell, record: Record, *, cached: bool) -> None:
         self.index += 1
-        took = "on record" if cached else f"{time.monotonic() - self.started:.1f} s"
+        began = self.started.pop(cell, time.monotonic())
+        took = "on record" if cached else f"{time.monotonic() - began:.1f} s"
         self.note(f"[{self.index}/{self.total}] {cell.label} ({took}): {summary(record)}")
 
     def note(self, text: str) -> None:
@@ -77,14 +78,14 @@ class Lines:
 
 
 class Bars:
-    """A bar over all cells and one for the cell at work."""
+    """A bar over all cells and one for each cell at work."""
 
     def __init__(self, total: int, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as RichProgress
 
         self.bars = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -92,17 +93,19 @@ class Bars:
             transient=True,
         )
         self.all = self.bars.add_task("cells", total=total)
-        self.one = self.bars.add_task("waiting", total=1)
-        self.label = ""
+        self.tasks: dict[Cell, TaskID] = {}
 
     def begin(self, cell: Cell) -> None:
-        self.label = cell.label
-        self.bars.reset(self.one, description=self.label, total=1)
+        self.tasks[cell] = self.bars.add_task(cell.label, total=None)
 
-    def step(self, stage: str, done: float, total: float) -> None:
-        self.bars.update(self.one, description=f"{self.label} · {stage}", completed=min(done, total), total=total)
+    def step(self, cell: Cell, stage: str, done: float, total: float) -> None:
+        if cell not in self.tasks:
+            self.begin(cell)
+        self.bars.update(self.tasks[cell], description=f"{cell.label} · {stage}", completed=done, total=total)
 
     def end(self, cell: Cell, record: Record, *, cached: bool) -> None:
+        if cell in self.tasks:
+            self.bars.remove_task(self.tasks.pop(cell))
         self.bars.advance(self.all)
         if record["status"] == "failed":
             self.note(f"{cell.label}: {summary(record)}")

@@ -52,75 +52,107 @@ def limits(lines: Lines, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Ascended:
-    """For every column: the best bound (B,), its parameters, and coefficients, pre-activations and inputs there."""
+    """For every column: the best bound (B,), its parameters, and coefficients and inputs there."""
 
     lower: Tensor
     theta: Tensor
     weights: Tensor | None
     kept: Tensor
-    gradient: Tensor
     x: Tensor
 
+    def where(self, which: Tensor, other: Ascended) -> Ascended:
+        """With the columns of `other` where `which` (B,)."""
+        return Ascended(
+            torch.where(which, other.lower, self.lower),
+            torch.where(which, other.theta, self.theta),
+            None if self.weights is None or other.weights is None else torch.where(which, other.weights, self.weights),
+            torch.where(which, other.kept, self.kept),
+            torch.where(which, other.x, self.x),
+        )
 
-def ascend(net: ReluNet, problems: Problems, iterations: int, target: float, rate: float = 0.1) -> Ascended:
+    def select(self, columns: Tensor) -> Ascended:
+        """Some columns."""
+        return Ascended(
+            self.lower[columns],
+            self.theta[:, columns],
+            None if self.weights is None else self.weights[:, columns],
+            self.kept[:, columns],
+            self.x[:, columns],
+        )
+
+    def put(self, at: Tensor, other: Ascended) -> Ascended:
+        """With other columns in the places `at`."""
+        return Ascended(
+            self.lower.index_copy(0, at, other.lower),
+            self.theta.index_copy(1, at, other.theta),
+            None if self.weights is None or other.weights is None else self.weights.index_copy(1, at, other.weights),
+            self.kept.index_copy(1, at, other.kept),
+            self.x.index_copy(1, at, other.x),
+        )
+
+
+def ascend(
+    net: ReluNet, problems: Problems, steps: int, target: float, rate: float = 0.1, decay: float = 0.98,
+    multiplier_rate: float = 1.0, betas: tuple[float, float] = (0.9, 0.999),
+) -> Ascended:  # fmt: skip
     """Adam on the dual; columns whose bound passes `target` are left as they are from then on.
 
     Returns what belongs to the best bound of each column, never worse than the start.
     """
-    width = len(problems.constant)
-    running = torch.arange(width, device=problems.constant.device)
-    lower = torch.full_like(problems.constant, -torch.inf)
-    theta = problems.theta.clone()
-    weights = None if problems.weights is None else problems.weights.clone()
-    kept, gradient = torch.zeros_like(theta), torch.zeros_like(theta)
-    best_x = theta.new_zeros(len(net.middle), width)
-    now = problems
-    first = second = now.theta.new_zeros(())
+    now, running = problems, torch.arange(len(problems.constant), device=problems.constant.device)
+    best: Ascended | None = None
+    result: Ascended | None = None
     scale: Tensor | None = None
-    for step in range(iterations):
+    first = second = now.theta.new_zeros(())
+    for step in range(steps):
         functional, constant = now.functional, now.constant
         if now.weights is not None:
             functional, constant = net.start(now.weights)
         bound, c, x = net.pull(functional, constant, now.upto, now.lines, now.theta)
+        tried = Ascended(bound, now.theta, now.weights, c, x)
+        best = tried if best is None else best.where(bound > best.lower, tried)
+        last = step == steps - 1
+        open_ = best.lower <= target
+        left = int(open_.sum())
+        if last or left <= 0.75 * len(running):
+            result = best if result is None else result.put(running, best)
+            if last or not left:
+                break
+            stay = open_.nonzero().flatten()
+            running, now, best = running[stay], now.select(stay), best.select(stay)
+            c, x = c[:, stay], x[:, stay]
+            if scale is not None:
+                first, second, scale = first[:, stay], second[:, stay], scale[:, stay]
         g, values = net.gradient(x, c, now.upto, now.lines, now.theta)
-        better = bound > lower[running]
-        whole = bool(better.all()) if step else True
-        if whole and len(running) == width:
-            lower, theta, kept, gradient, best_x = bound, now.theta, c, g, x
-            weights = now.weights
-        else:
-            at = running[better]
-            lower = lower.index_copy(0, at, bound[better])
-            theta, kept = theta.index_copy(1, at, now.theta[:, better]), kept.index_copy(1, at, c[:, better])
-            gradient, best_x = gradient.index_copy(1, at, g[:, better]), best_x.index_copy(1, at, x[:, better])
-            if weights is not None and now.weights is not None:
-                weights = weights.index_copy(1, at, now.weights[:, better])
-        if step == iterations - 1:
-            break
         if scale is None:
             # Slopes live in [0, 1]; multipliers have the scale of the coefficients they are added to.
-            typical = c.abs().amax(0, keepdim=True).clamp_min(1e-12)
+            typical = multiplier_rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
             scale = torch.where(now.lines.undecided > 0, torch.ones_like(c), typical)
+        first = betas[0] * first + (1 - betas[0]) * g
+        second = betas[1] * second + (1 - betas[1]) * g * g
+        size = rate * decay**step / (1 - betas[0] ** (step + 1))
+        move = size * scale * first / ((second / (1 - betas[1] ** (step + 1))).sqrt() + 1e-12)
+        now = dataclasses.replace(now, theta=(now.theta + move).clamp(now.low, now.high))
         if now.weights is not None:
             value = net.outputs(values)
             spread = (value.amax(0) - value.amin(0)).clamp_min(1e-12)
             now = dataclasses.replace(now, weights=torch.softmax(now.weights.clamp_min(1e-9).log() + value / spread, 0))
-        first = 0.9 * first + 0.1 * g
-        second = 0.999 * second + 0.001 * g * g
-        size = rate * 0.98**step / (1 - 0.9 ** (step + 1))
-        move = size * scale * first / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-12)
-        now = dataclasses.replace(now, theta=(now.theta + move).clamp(now.low, now.high))
-        open_ = bound <= target
-        if int(open_.sum()) <= 0.75 * len(running):
-            left = open_.nonzero().flatten()
-            if not len(left):
-                break
-            running, now = running[left], now.select(left)
-            first, second, scale = first[:, left], second[:, left], scale[:, left]
-    return Ascended(lower, theta, weights, kept, gradient, best_x)
+    assert result is not None
+    return result
 
 
-Slopes = dict[int, tuple[Tensor, Tensor]]
+@dataclasses.dataclass
+class Memory:
+    """What tightening the root's bounds of one block found, for lower (0) and upper (1) bounds: (undecided units, U').
+
+    `theta`: the parameters. `weight`: by how much each bound moves with the intercepts of the units below.
+    """
+
+    theta: tuple[Tensor, Tensor]
+    weight: tuple[Tensor, Tensor]
+
+
+Memories = dict[int, Memory]
 
 
 def tighten(
@@ -131,8 +163,8 @@ def tighten(
     hi: Tensor,
     steps: int,
     sign: Tensor | None = None,
-    slopes: Slopes | None = None,
-    memory: int = 1 << 26,
+    memories: Memories | None = None,
+    bytes_: int = 1 << 26,
 ) -> None:
     """Tighten the bounds of block k's undecided units by dual ascent, confirmed in the arithmetic of `exact`.
 
@@ -144,9 +176,9 @@ def tighten(
             may cross where a subproblem is empty.
         steps: steps of ascent.
         sign: (U, B) the splits of each subproblem, None for none.
-        slopes: parameters to start from, for lower and upper bounds of each block: (undecided units of k, units below).
-            Where they have no entry for k they are started at CROWN's and the ones found for problem 0 are stored.
-        memory: bytes for working tensors.
+        memories: parameters to start from. Without an entry for k the start is CROWN's, and what is found (for problem
+            0, the root) is stored.
+        bytes_: bytes for working tensors.
     """
     span, below = net.span(k), net.offsets[k - 1]
     if not below:
@@ -155,14 +187,14 @@ def tighten(
     if sign is not None:
         open_ &= sign[span] == 0
     units, problem = open_.nonzero(as_tuple=True)
-    start = (slopes or {}).get(k)
-    record = start is None and slopes is not None
-    if start is None:
+    memory = None if memories is None else memories.get(k)
+    record = memory is None and memories is not None
+    if memory is None:
         same = crown_slopes(lo[:below, 0], hi[:below, 0]).to(net.lo.dtype).repeat(lo[span].shape[0], 1)
-        start = (same, same.clone())
-    if record and slopes is not None:
-        slopes[k] = start
-    chunk = max(1, memory // (net.lo.element_size() * (12 * below + 3 * len(net.middle))))
+        memory = Memory((same, same.clone()), (torch.zeros_like(same), torch.zeros_like(same)))
+    if record and memories is not None:
+        memories[k] = memory
+    chunk = max(1, bytes_ // (net.lo.element_size() * (12 * below + 3 * len(net.middle))))
     for at in range(0, len(units), chunk):
         u, b = units[at : at + chunk], problem[at : at + chunk]
         for side, way in enumerate((1.0, -1.0)):
@@ -171,10 +203,11 @@ def tighten(
             lines = Lines.make(some_lo.to(net.lo.dtype), some_hi.to(net.lo.dtype), splits)
             low, high = limits(lines, splits)
             functional, constant = net.start_units(k, u, torch.full_like(u, way, dtype=net.lo.dtype))
-            theta = start[side][u].t().clamp(low, high)
+            theta = memory.theta[side][u].t().clamp(low, high)
             best = ascend(net, Problems(k, functional, constant, lines, theta, low, high), steps, target=0.0)
             if record:
-                start[side][u] = best.theta.t()
+                memory.theta[side][u] = best.theta.t()
+                memory.weight[side][u] = best.kept.clamp(max=0).neg().t()
             functional, constant = exact.start_units(k, u, torch.full_like(u, way, dtype=lo.dtype))
             lines = Lines.make(some_lo, some_hi, splits)
             low, high = limits(lines, splits)

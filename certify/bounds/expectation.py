@@ -54,7 +54,7 @@ class MeanBounds(NamedTuple):
 
 
 def extremes(lo: Tensor, hi: Tensor, weight: Tensor) -> MeanBounds:
-    """The exact range of ``sum_i w_i g_i / sum_i w_i`` over ``w_i`` in ``[exp(lo_i), exp(hi_i)]``, for each row g of `weight`.
+    """The exact range of ``sum_i w_i g_i / sum_i w_i`` over ``w_i`` in ``[exp(lo_i), exp(hi_i)]``, rows g of `weight`.
 
     The mean is quasi-linear in w, so an extreme is at a corner, and at a largest mean every coordinate above the mean
     has its largest weight and every one below its smallest: with the coordinates sorted, one of n + 1 thresholds.

@@ -1,9 +1,9 @@
 """Forward linear bounds for inputs of few dimensions: a line per value instead of a backward pass per value.
 
-The input is a box of K parameters, written ``s`` in [-1, 1]^K. Every value of the network is enclosed between two parallel
-linear functions of s, ``centre(s) - radius <= v <= centre(s) + radius``. An affine layer maps the centre by W and the
-radius by |W|, so the cost is K + 2 plain forward passes whatever the number of values; an activation is enclosed between
-two parallel lines on the range its input has. With small boxes, or small K after splitting, this is close to exact.
+The input is a box of K parameters, written ``s`` in [-1, 1]^K. Every value of the network is enclosed between two
+parallel linear functions of s, ``centre(s) - radius <= v <= centre(s) + radius``. An affine layer maps the centre by W
+and the radius by |W|, so the cost is K + 2 plain forward passes whatever the number of values; an activation is enclosed
+between two parallel lines on the range its input has. With small boxes this is close to exact.
 
 The affine arithmetic of DeepZ (Singh et al., 2018), with one noise symbol for each parameter and one interval for the
 rest. Two lines of different slopes (K + 1 more passes) were measured to be no tighter on keypoint networks.

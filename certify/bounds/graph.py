@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from certify.bounds.affine import Conv2d, Linear, Scale
+from certify.bounds.expectation import Expectation
 from certify.bounds.op import Interval, Op
+from certify.bounds.softmax import Softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +75,12 @@ class Graph:
         return Graph(nodes, self.output + shift)
 
     def folded(self) -> Graph:
-        """The same function with every channel-wise `Scale` merged into the convolution or linear map before it."""
+        """The same function with fewer nodes: every channel-wise `Scale` merged into the convolution or linear map before
+        it, and every softmax that only a linear map reads merged with that map."""
         readers = self.consumers()
         ops = [node.op for node in self.nodes]
         alias = list(range(len(self.nodes)))
+        skipped: dict[int, int] = {}
         for index, node in enumerate(self.nodes):
             if not isinstance(node.op, Scale):
                 continue
@@ -85,9 +89,23 @@ class Graph:
             if merged is not None and len(readers[node.inputs[0]]) == 1 and node.inputs[0] != self.output:
                 ops[source] = merged
                 alias[index] = source
-        kept = [i for i in range(len(self.nodes)) if alias[i] == i]
+        for index, node in enumerate(self.nodes):
+            mean = ops[index]
+            source = node.inputs[0] if node.inputs else 0
+            softmax = ops[source]
+            if isinstance(mean, Linear) and isinstance(softmax, Softmax) and alias[index] == index:
+                alone = len(readers[source]) == 1 and softmax.axis == len(self.nodes[source].shape)
+                if alone and source != self.output:
+                    fused = Expectation(mean.weight, mean.bias())
+                    fused.path = softmax.path
+                    ops[index] = fused
+                    skipped[source] = self.nodes[source].inputs[0]
+        kept = [i for i in range(len(self.nodes)) if alias[i] == i and i not in skipped]
         number = {old: new for new, old in enumerate(kept)}
-        nodes = [Node(ops[i], tuple(number[alias[j]] for j in self.nodes[i].inputs), self.nodes[i].shape) for i in kept]
+        nodes = [
+            Node(ops[i], tuple(number[alias[skipped.get(j, j)]] for j in self.nodes[i].inputs), self.nodes[i].shape)
+            for i in kept
+        ]
         return Graph(nodes, number[alias[self.output]])
 
 

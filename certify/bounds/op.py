@@ -180,7 +180,9 @@ class Activation(Op):
             lower = c.replace(c.data - negative).dot(r.bias_lo)
             constant = lower if constant is None else constant + lower
         # Positive weights take the lower line and negative ones the upper: lo c + (hi - lo) min(c, 0).
-        data = torch.addcmul(c.data * c.gather(r.slope_lo), negative, c.gather(r.slope_gap))
+        gap = c.gather(r.slope_gap)
+        down = negative * gap if torch.is_grad_enabled() else negative.mul_(gap)
+        data = torch.addcmul(down, c.data, c.gather(r.slope_lo))
         # What is cut from the lines outside a map is zero, and so is the product.
         return c.replace(data, inside=True), c.data.new_zeros(c.lead) if constant is None else constant
 

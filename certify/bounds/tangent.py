@@ -1,4 +1,4 @@
-"""Rows of the output written exactly as a linear function of the input plus what each nonlinearity departs from its tangent.
+"""Rows of the output as a linear function of the input plus what each nonlinearity departs from its tangent: exact.
 
 Replace every nonlinearity f by its tangent ``slope v`` at one reference input and go back from the output once. Then,
 for *every* input,
@@ -21,15 +21,15 @@ from certify.bounds.activations import Clamp, LeakyReLU, ReLU, SShaped
 from certify.bounds.expectation import Expectation
 from certify.bounds.forward import Band, Form, propagate
 from certify.bounds.graph import Graph
-from certify.bounds.op import Activation, Affine, Coefficients, UnsupportedOperation
+from certify.bounds.op import Activation, Affine, Coefficients, Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d, PoolRelaxation
 
 
 @dataclasses.dataclass(frozen=True)
 class Departure:
-    """One nonlinearity: its tangent at the reference, and the rows that weigh what it departs from it.
+    """One nonlinearity: its tangent at the reference, and the rows (size, R) that weigh what it departs from it.
 
-    `rows` is (N, size, R): values first, so that a few of them are quick to pick.
+    `tangent` is a slope, the picks of a max-pool, or the logits of an expectation, each (1, ...).
     """
 
     tangent: Tensor
@@ -37,7 +37,7 @@ class Departure:
 
 
 class Tangent:
-    """The rows ``C y`` of a network around reference inputs x (N, ...), one for each image.
+    """The rows ``C y`` of a network around one reference input x (1, ...); C is (1, R, outputs).
 
     Raises:
         UnsupportedOperation: for an operation that has no tangent.
@@ -48,102 +48,81 @@ class Tangent:
         self.graph = graph
         self.departures: dict[int, Departure] = {}
         pending: dict[int, Coefficients] = {graph.output: Coefficients(C, None, 1)}
-        start: Coefficients | None = None
+        self.entry = C.new_zeros(x[0].numel(), C.shape[1])
+        constant = (C @ values[graph.output].unsqueeze(2)).reshape(-1)
         while pending:
             index = max(pending)
             c = pending.pop(index)
             node = graph.nodes[index]
             if node.op is None:
-                start = c.dense()
+                self.entry = _rows(c)
+                constant = constant - x.flatten() @ self.entry
                 continue
-            parts: tuple[Coefficients, ...]
             if isinstance(node.op, Affine):
                 parts = node.op.adjoint(c)
             else:
                 c = c.dense()
                 v = values[node.inputs[0]]
-                rows = c.data.flatten(2).transpose(1, 2).contiguous()
-                if isinstance(node.op, Activation):
-                    slope = slope_at(node.op, v)
-                    parts = (c.replace(c.data * c.gather(slope)),)
-                    self.departures[index] = Departure(slope, rows)
-                elif isinstance(node.op, MaxPool2d):
-                    pick = node.op.relax(v, v).pick
-                    exact = torch.ones_like(pick, dtype=torch.bool)
-                    parts = (node.op.backward(c, PoolRelaxation(pick, exact, torch.zeros_like(c.data[:, 0])))[0],)
-                    self.departures[index] = Departure(pick, rows)
-                elif isinstance(node.op, Expectation):
-                    parts = (node.op.pull(c, v),)
-                    self.departures[index] = Departure(v, rows)
-                else:
-                    raise UnsupportedOperation(f"{node.op.label} has no tangent here")
+                part, tangent, at = _linearise(node.op, c, v, values[index])
+                parts, rows = (part,), _rows(c)
+                constant = constant - at.flatten() @ rows
+                self.departures[index] = Departure(tangent, rows)
             for i, part in zip(node.inputs, parts):
                 pending[i] = pending[i].plus(part) if i in pending else part
-        at = (C @ values[graph.output].unsqueeze(2)).squeeze(2)
-        self.entry = C.new_zeros(*C.shape[:2], x[0].numel()) if start is None else start.data.flatten(2)
-        departed = sum(
-            (
-                torch.einsum("nsr,ns->nr", d.rows, self._at_reference(i, values).flatten(1))
-                for i, d in self.departures.items()
-            ),
-            torch.zeros_like(at),
-        )
-        self.constant = at - (self.entry @ x.flatten(1).unsqueeze(2)).squeeze(2) - departed
+        self.constant = constant
 
-    def _at_reference(self, index: int, values: list[Tensor]) -> Tensor:
-        """The departure at the reference itself: what the tangent leaves out there."""
-        v, f = values[self.graph.nodes[index].inputs[0]], values[index]
-        op, d = self.graph.operation(index), self.departures[index]
-        if isinstance(op, Activation):
-            return f - d.tangent * v
-        if isinstance(op, Expectation):
-            return f - _jacobian(op, d.tangent, v)
-        return torch.zeros_like(f)
-
-    def bound(self, start: Form, image: Tensor, groups: list[slice]) -> tuple[Form, Form]:
-        """Forms of the rows and of the outputs for inputs `start`, one entry of `image` (B,) for each of its batch.
-
-        `groups`: the runs of equal images in `image`, in order.
-        """
-        centre = [
-            torch.zeros(
-                len(start.centre), len(image), self.constant.shape[1], dtype=start.centre.dtype, device=image.device
-            )
-        ]
-        radius = [torch.zeros_like(centre[0][0])]
+    def bound(self, start: Form) -> tuple[Form, Form]:
+        """Forms of the rows and of the outputs for inputs `start` (any batch: sub-intervals of the one image)."""
+        lead = start.centre.shape[:2]
+        centre = self.entry.new_zeros(*lead, self.entry.shape[1])
+        radius = self.entry.new_zeros(lead[1], self.entry.shape[1])
 
         def add(rows: Tensor, part: Form) -> None:
-            """`rows` (N, size, R) times `part`, for each run of images."""
             c, r = part.centre.flatten(2), part.radius.flatten(1)
-            for run in groups:
-                which = image[run.start]
-                matrix = rows[which]
-                ci, ri = c[:, run], r[run]
-                if not matrix.is_cuda:  # on a CPU it pays to look for the few departures that are not zero
-                    live = ((ri != 0).any(0) | (ci != 0).any(0).any(0)).nonzero().squeeze(1)
-                    if 2 * len(live) < matrix.shape[0]:
-                        matrix, ci, ri = matrix[live], ci[..., live], ri[:, live]
-                centre[0][:, run] += ci @ matrix
-                radius[0][run] += ri @ matrix.abs()
+            if not rows.is_cuda:  # on a CPU it pays to look for the few departures that are not zero
+                live = ((r != 0).any(0) | (c != 0).any(0).any(0)).nonzero().squeeze(1)
+                if 2 * len(live) < len(rows):
+                    rows, c, r = rows[live], c[..., live], r[:, live]
+            centre.add_(c @ rows)
+            radius.add_(r @ rows.abs())
 
         def visit(index: int, v: Form, band: Band | None, f: Form) -> None:
             d = self.departures.get(index)
             if d is not None:
-                add(d.rows, self._departure(index, d.tangent[image], v, band, f))
+                add(d.rows, _departure(self.graph.operation(index), d.tangent, v, band, f))
 
         out = propagate(self.graph, start, visit)
-        add(self.entry.transpose(1, 2), start)
-        centre[0][0] += self.constant[image]
-        return Form(centre[0], radius[0]), out
+        add(self.entry, start)
+        centre[0] += self.constant
+        return Form(centre, radius), out
 
-    def _departure(self, index: int, tangent: Tensor, v: Form, band: Band | None, f: Form) -> Form:
-        op = self.graph.operation(index)
-        if band is not None:
-            return band.residual(v, tangent)
-        if isinstance(op, MaxPool2d):
-            return _pool_departure(op, tangent, v, f)
-        assert isinstance(op, Expectation)
-        return _mean_departure(op, tangent, v, f)
+
+def _rows(c: Coefficients) -> Tensor:
+    return c.dense().data.flatten(2)[0].t().contiguous()
+
+
+def _linearise(op: Op, c: Coefficients, v: Tensor, f: Tensor) -> tuple[Coefficients, Tensor, Tensor]:
+    """`c` taken back through the tangent of `op` at input v and value f; the tangent; and what it leaves out there."""
+    if isinstance(op, Activation):
+        slope = slope_at(op, v)
+        return c.replace(c.data * c.gather(slope)), slope, f - slope * v
+    if isinstance(op, MaxPool2d):
+        pick = op.relax(v, v).pick
+        exact = PoolRelaxation(pick, torch.ones_like(pick, dtype=torch.bool), torch.zeros_like(f))
+        return op.backward(c, exact)[0], pick, torch.zeros_like(f)
+    if isinstance(op, Expectation):
+        return op.pull(c, v), v, f - _jacobian(op, v, v)
+    raise UnsupportedOperation(f"{op.label} has no tangent here")
+
+
+def _departure(op: Op, tangent: Tensor, v: Form, band: Band | None, f: Form) -> Form:
+    """The form of f(v) minus its tangent."""
+    if band is not None:
+        return band.residual(v, tangent)
+    if isinstance(op, MaxPool2d):
+        return _pool_departure(op, tangent.expand_as(f.radius), v, f)
+    assert isinstance(op, Expectation)
+    return _mean_departure(op, tangent, v, f)
 
 
 def slope_at(op: Activation, v: Tensor) -> Tensor:

@@ -47,6 +47,8 @@ class IBP:
         schedule: ramp of the radius over training.
         kappa_start, kappa_end: weight of the clean loss while the radius is 0, and at the full radius; linear in the
             radius in between (section 3: 1 to 0.5).
+        detach_statistics: take batch normalisation's statistics as constants in the bounds. With ``kappa_end=0`` this
+            saves the backward pass through the clean network; it is not the gradient that was published.
 
     Classification: cross-entropy of the worst logits, which are minus the lower bounds of the margins against the label
     (folded into the last layer, section 3). Keypoints: the task loss at the output corner farthest from the target,
@@ -61,6 +63,7 @@ class IBP:
     schedule: Linear | Smoothed = dataclasses.field(default_factory=Linear)
     kappa_start: float = 1.0
     kappa_end: float = 0.5
+    detach_statistics: bool = False
 
     name: Literal["ibp"] = dataclasses.field(default="ibp", init=False)
     mixed_precision: ClassVar[bool] = False
@@ -91,7 +94,7 @@ class IBP:
         traced = None
         if not plain:
             with _no_dropout(model):
-                traced = certify.Network(model, x, check=False)
+                traced = certify.Network(model, x, check=False, detach_statistics=self.detach_statistics)
         outputs = model(x) if traced is None else traced.output
         natural = task_loss(outputs, y)
         metrics = {"natural": natural.detach(), "score": task_loss.score(outputs.detach(), y) / len(x)}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import Any
 
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier
-from runs.engine import failure
-from runs.progress import Silent
-from runs.store import DONE, Record, Slot, file_sha256
+from runs.engine import Work, failure
+from runs.progress import Progress
+from runs.store import DONE, Record, Slot, file_sha256, write_atomic
 
 LINF = Perturb("linf", 0.1)
 
@@ -77,7 +80,7 @@ def make_record(
     }
 
 
-def work(cell: Cell, slot: Slot, progress: Silent) -> Record:
+def work(cell: Cell, slot: Slot, progress: Progress) -> Record:
     """A stand-in for a cell: "trains", then certifies three batches of two images, resuming where it stopped."""
     if slot.trained() is None:
         slot.clear_examples()
@@ -95,8 +98,39 @@ def work(cell: Cell, slot: Slot, progress: Silent) -> Record:
     return {**record, "sum": sum(row["value"] for row in rows)}
 
 
-def broken(cell: Cell, slot: Slot, progress: Silent) -> Record:
+def broken(cell: Cell, slot: Slot, progress: Progress) -> Record:
     raise ZeroDivisionError(f"no luck with seed {cell.seed}")
+
+
+def deadly(cell: Cell, slot: Slot, progress: Progress) -> Record:
+    """Dies as if killed when it meets seed 1."""
+    if cell.seed == 1:
+        time.sleep(0.3)  # so that the parent hears of the beginning first
+        os.kill(os.getpid(), signal.SIGKILL)
+    return work(cell, slot, progress)
+
+
+def sleeper(cell: Cell, slot: Slot, progress: Progress) -> Record:
+    """Says who it is, then takes longer than any test."""
+    write_atomic(slot.path / "worker.pid", str(os.getpid()).encode())
+    time.sleep(600)
+    return work(cell, slot, progress)
+
+
+def make_work() -> Work:
+    return work
+
+
+def make_broken() -> Work:
+    return broken
+
+
+def make_deadly() -> Work:
+    return deadly
+
+
+def make_sleeper() -> Work:
+    return sleeper
 
 
 def make_failure() -> Record:

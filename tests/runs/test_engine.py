@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from runs import store as store_module
-from runs.engine import SerialEngine, failed
+from runs.engine import ProcessEngine, SerialEngine, failed
 from runs.progress import Silent
 from runs.store import Record, StorageFull, Store
-from tests.runs.handmade import broken, make_cell, make_record, work
+from tests.runs.handmade import broken, make_broken, make_cell, make_deadly, make_record, make_work, work
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = [make_cell(seed=seed) for seed in range(3)]
@@ -215,3 +215,57 @@ def test_waits_for_a_cell_that_another_runner_holds(tmp_path: Path) -> None:
     assert [seed for _, seed, _ in progress.events] == [1, 2, 0]
     expected = make_record(CELLS[0], "1111111111")
     assert {k: v for k, v in records[0].items() if k != "sha256"} == expected
+
+
+def test_processes_give_the_records_of_the_serial_engine(tmp_path: Path) -> None:
+    serial = SerialEngine().run(CELLS, work, Store(tmp_path / "serial"), Silent())
+    progress = Recorder()
+    assert ProcessEngine(2).run(CELLS, make_work, Store(tmp_path / "processes"), progress) == serial
+    assert content(tmp_path / "processes") == content(tmp_path / "serial")
+    assert sorted(progress.events) == [("done", 0, False), ("done", 1, False), ("done", 2, False)]
+    again = Recorder()
+    assert ProcessEngine(2).run(CELLS, make_broken, Store(tmp_path / "processes"), again) == serial
+    assert {cached for _, _, cached in again.events} == {True}
+
+
+def test_failures_in_processes_are_isolated(tmp_path: Path) -> None:
+    records = ProcessEngine(2).run(CELLS, make_broken, Store(tmp_path), Silent())
+    assert [record["status"] for record in records] == ["failed"] * 3
+    assert records[2]["error"]["message"] == "no luck with seed 2"
+
+
+def test_a_process_that_dies_fails_its_cell_only(tmp_path: Path) -> None:
+    progress = Recorder()
+    records = ProcessEngine(1).run(CELLS, make_deadly, Store(tmp_path), progress)
+    assert [record["status"] for record in records] == ["done", "failed", "done"]
+    assert "the process of this cell died" in records[1]["error"]["message"]
+    assert Store(tmp_path).record(CELLS[1]) == records[1]
+    assert sorted(progress.events) == [("done", 0, False), ("done", 2, False), ("failed", 1, False)]
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\nfrom runs.engine import ProcessEngine\nfrom runs.progress import Silent\n"
+        "from runs.store import Store\nfrom tests.runs.handmade import make_cell, make_sleeper\n"
+        "if __name__ == '__main__':\n"
+        "    ProcessEngine(1).run([make_cell()], make_sleeper, Store(Path(sys.argv[2])), Silent())\n"
+    )
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    process = subprocess.Popen([sys.executable, str(script), str(ROOT), str(tmp_path / "results")])
+    worker = tmp_path / "results" / make_cell().key / "worker.pid"
+    deadline = time.monotonic() + 30
+    while not worker.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid = int(worker.read_text())
+    process.kill()
+    process.wait()
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("the worker outlived its parent")
