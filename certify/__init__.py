@@ -5,6 +5,8 @@
 """
 
 from certify.bounds import Network, UnsupportedOperation, bounds
+from certify.curves import Curve, Hue, Path, Rotation
+from certify.deviation import Deviations, deviation
 from certify.dispatch import verify
 from certify.perturbations import (
     L2,
@@ -18,6 +20,17 @@ from certify.perturbations import (
     Perturbation,
     Saturation,
 )
+from certify.probabilistic import (
+    CCCert,
+    Estimate,
+    McNemar,
+    Share,
+    estimate,
+    exhaust,
+    mcnemar,
+    pca,
+    required_samples,
+)
 from certify.specs import Classification, Deviation, Linear, Spec
 from certify.verdicts import Budget, Certificate, Status
 
@@ -29,18 +42,33 @@ __all__ = [
     "Brightness",
     "BrightnessContrast",
     "Budget",
+    "CCCert",
     "Certificate",
     "Classification",
     "Contrast",
+    "Curve",
     "Deviation",
+    "Deviations",
+    "Estimate",
+    "Hue",
     "Linear",
     "Linf",
+    "McNemar",
     "Network",
+    "Path",
     "Perturbation",
+    "Rotation",
     "Saturation",
+    "Share",
     "Spec",
     "Status",
     "UnsupportedOperation",
     "bounds",
+    "deviation",
+    "estimate",
+    "exhaust",
+    "mcnemar",
+    "pca",
+    "required_samples",
     "verify",
 ]

@@ -1,10 +1,11 @@
 """Branch and bound over the ReLUs of a `ReluNet`: batches of subproblems, bounded by dual ascent, split on one unit.
 
 Best-first on the lower bound. A subproblem is a row of the specification and the signs of the units split so far; its
-bound is an alpha,beta-CROWN bound (Wang et al., 2021) improved from its parent's parameters for a few steps. Candidate
-units are scored by what their relaxation costs the bound and the best few are tried on both sides (filtered smart
-branching, De Palma et al., 2021). Bounds that decide a subproblem are confirmed in float64; subproblems in which every
-unit is decided go to a linear program.
+bound is an alpha,beta-CROWN bound (Wang et al., 2021), improved from its parent's parameters for a few steps. The unit
+to split is the one whose relaxation costs the bound most, as in BaBSR (Bunel et al., 2020), where not only its direct
+effect counts but also the effect through the bounds of all units above it. To reap the latter, subproblems get their
+units' bounds tightened under their splits from time to time, as often as that pays on the problem at hand. Bounds that
+decide a subproblem are confirmed in float64; where every unit is decided, a linear program does.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import math
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from certify.bounds.ascent import Problems, Memories, ascend, limits, tighten
+from certify.bounds.ascent import Memories, Problems, ascend, limits, tighten
 from certify.bounds.relunet import Lines, ReluNet
+
+State = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,108 +31,54 @@ class Settings:
 
     Attributes:
         columns: subproblems bounded at a time.
-        steps: steps of dual ascent a subproblem.
-        tried: units tried on both sides before a subproblem is split.
+        steps: steps of dual ascent a subproblem, `root_steps` for the first.
+        refresh_steps: steps of ascent a unit when the bounds of a subproblem's units are tightened.
+        refresh_every: splits between two tightenings at first; the search adapts it.
     """
 
     columns: int = 512
-    steps: int = 4
-    tried: int = 1
-    root_steps: int = 20
+    steps: int = 8
+    root_steps: int = 30
     refresh_steps: int = 3
-    refresh_every: int | None = None
-    indirect: bool = True
+    refresh_every: int = 3
 
 
 @dataclasses.dataclass
 class Tally:
-    """What the search did."""
+    """What a search did: subproblems bounded, splits on the longest path, tightenings, linear programs."""
 
     domains: int = 0
     depth: int = 0
-    leaves: int = 0
     refreshed: int = 0
+    leaves: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """How a search ended: `lower` bounds what is left (inf: all decided), `stuck` subproblems could not be decided."""
+    """How a search ended.
+
+    `lower` bounds the margin from below; `left` subproblems are open, `stuck` ones could not be decided; `witness` is a
+    counterexample or None.
+    """
 
     lower: float
-    proven: float
     left: int
     stuck: int
     witness: Tensor | None
 
 
-class _Open:
-    """Undecided subproblems, one a row, in arrays that grow."""
-
-    def __init__(self, like: dict[str, Tensor]) -> None:
-        self.count = 0
-        self.arrays = {name: value[:0].clone() for name, value in like.items()}
-
-    def push(self, rows: dict[str, Tensor]) -> None:
-        n = len(rows["lower"])
-        for name, value in rows.items():
-            array = self.arrays[name]
-            if self.count + n > len(array):
-                grown = array.new_empty(max(1024, 2 * len(array), self.count + n), *array.shape[1:])
-                grown[: self.count] = array[: self.count]
-                self.arrays[name] = array = grown
-            array[self.count : self.count + n] = value
-        self.count += n
-
-    def pop(self, n: int) -> dict[str, Tensor]:
-        """Take the n rows with the smallest bounds."""
-        n = min(n, self.count)
-        lower = self.arrays["lower"][: self.count]
-        taken = lower.topk(n, largest=False).indices
-        out = {name: array[taken] for name, array in self.arrays.items()}
-        # Rows from the tail that stay fill the holes.
-        hole = torch.zeros(self.count, dtype=torch.bool, device=lower.device)
-        hole[taken] = True
-        rest = self.count - n
-        fill = (~hole[rest:]).nonzero().flatten() + rest
-        holes = hole[:rest].nonzero().flatten()
-        for array in self.arrays.values():
-            array[holes] = array[fill]
-        self.count = rest
-        return out
-
-    @property
-    def lower(self) -> float:
-        return float(self.arrays["lower"][: self.count].min()) if self.count else float("inf")
-
-
-class _Tables:
-    """Bounds (U,) of all units in float64, shared by the subproblems of a subtree."""
-
-    def __init__(self, lo: Tensor, hi: Tensor) -> None:
-        self.count = 1
-        self._lo, self._hi = lo.unsqueeze(0).clone(), hi.unsqueeze(0).clone()
-
-    def add(self, lo: Tensor, hi: Tensor) -> Tensor:
-        """Store bounds (n, U); their numbers."""
-        end = self.count + len(lo)
-        if end > len(self._lo):
-            room = self._lo.new_empty(max(64, len(self._lo), len(lo)), lo.shape[1])
-            self._lo, self._hi = torch.cat([self._lo, room]), torch.cat([self._hi, room])
-        self._lo[self.count : end], self._hi[self.count : end] = lo, hi
-        numbers = torch.arange(self.count, end, dtype=torch.int32, device=lo.device)
-        self.count = end
-        return numbers
-
-    def read(self, number: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
-        """Bounds (U, B) of subproblems with these tables, cut at 0 where `sign` (B, U) says so."""
-        number = number.long()
-        lo, hi = self._lo[number], self._hi[number]
-        lo, hi = torch.where(sign > 0, lo.clamp(min=0), lo), torch.where(sign < 0, hi.clamp(max=0), hi)
-        return lo.t().contiguous(), hi.t().contiguous()
-
-
 class Search:
-    """The search on one image. `any_row`: a subproblem is decided when any row (or mixture of rows) is positive."""
+    """The search on one image.
+
+    Args:
+        net: the network in the dtype to search in.
+        exact: the same in float64.
+        margin: bounds above it decide a subproblem.
+        any_row: a subproblem is decided when any mixture of rows is positive; else rows are decided one by one.
+        settings: see `Settings`.
+        attack: checks candidate inputs (inputs, B) on the model; a counterexample or None.
+        memories: what tightening the root found.
+    """
 
     def __init__(
         self,
@@ -137,70 +87,57 @@ class Search:
         margin: float,
         any_row: bool,
         settings: Settings,
-        leaf: Callable[[Tensor, int | None], tuple[float, Tensor | None]],
         attack: Callable[[Tensor], Tensor | None],
         memories: Memories,
     ) -> None:
         self.net, self.exact, self.margin, self.any_row, self.settings = net, exact, margin, any_row, settings
-        self.leaf, self.attack = leaf, attack
-        self.memories = memories
-        self.tables = _Tables(exact.lo, exact.hi)
-        # Tightening all bounds of a subproblem costs as much as bounding this many subproblems; doing it once in a
-        # subtree of that size at most doubles the work, and shrinks the subtrees below.
-        columns = 2 * sum(b.undecided for b in net.blocks[1:])
-        cost = max(2.0, columns * settings.refresh_steps / settings.steps)
-        self.refresh_every = settings.refresh_every or max(3, round(math.log2(cost)))
-        self.refresh_at_once = max(1, 8192 // max(1, columns))
+        self.attack, self.memories = attack, memories
         self.tally = Tally()
-        self.proven = float("inf")
-        self.stuck = 0
-        self.stuck_lower = float("inf")
-        self.witness: Tensor | None = None
+        self.tables = _Tables(exact.lo, exact.hi)
+        self.open = _Open()
+        self.refresh_every = settings.refresh_every
+        self._refresh_at_once = max(1, 8192 // max(1, 2 * sum(b.undecided for b in net.blocks[1:])))
+        self._gain = 0.0  # what a split brings, a running mean
+        self._decided = math.inf  # smallest bound of a decided subproblem
+        self._stuck = 0
+        self._witness: Tensor | None = None
 
     def run(self, deadline: float, memory: int) -> Found:
         """Search until all is decided, a counterexample turns up, the deadline passes or memory runs out."""
-        open_ = self._root()
-        while open_.count and self.witness is None and time.perf_counter() < deadline:
-            row_bytes = sum(a[0].numel() * a.element_size() for a in open_.arrays.values())
-            if open_.count * row_bytes > memory:
+        self.start()
+        while self.open.count and self._witness is None and time.perf_counter() < deadline:
+            if self.open.bytes + self.tables.bytes > memory:
                 break
-            self._step(open_)
-        lower = min(open_.lower, self.stuck_lower)
-        return Found(lower, self.proven, open_.count, self.stuck, self.witness)
+            self.step()
+        return Found(min(self.open.lower, self._decided), self.open.count, self._stuck, self._witness)
 
-    def _root(self) -> _Open:
+    def start(self) -> None:
+        """Bound the root, one subproblem a row (or one for all, with `any_row`)."""
         net, rows = self.net, len(self.net.rows.bias)
-        columns = 1 if self.any_row else rows
+        count = 1 if self.any_row else rows
+        weights = torch.full((1, rows), 1 / rows) if self.any_row else torch.eye(rows)
+        zeros = torch.zeros(count, dtype=torch.int32, device=net.lo.device)
         state = {
-            "lower": torch.full((columns,), -torch.inf, dtype=net.lo.dtype, device=net.lo.device),
-            "sign": torch.zeros(columns, net.units, dtype=torch.int8, device=net.lo.device),
-            "theta": ((net.hi > -net.lo) & (net.lo < 0)).to(net.lo.dtype).expand(columns, -1),
-            "weights": torch.full((1, rows), 1 / rows, dtype=net.lo.dtype, device=net.lo.device)
-            if self.any_row
-            else torch.eye(rows, dtype=net.lo.dtype, device=net.lo.device),
-            "depth": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
-            "since": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
-            "table": torch.zeros(columns, dtype=torch.int32, device=net.lo.device),
+            "lower": torch.full((count,), -math.inf, dtype=net.lo.dtype, device=net.lo.device),
+            "sign": torch.zeros(count, net.units, dtype=torch.int8, device=net.lo.device),
+            "theta": ((net.hi > -net.lo) & (net.lo < 0)).to(net.lo.dtype).expand(count, -1),
+            "weights": weights.to(net.lo),
+            **{name: zeros.clone() for name in ("depth", "since", "table")},
         }
-        open_ = _Open(self._store({**state, "unit": torch.zeros(columns, dtype=torch.int32, device=net.lo.device)}))
-        self._bound(open_, state, self.settings.root_steps)
-        return open_
+        self._bound(state, self.settings.root_steps)
 
-    @staticmethod
-    def _store(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {**state, "theta": state["theta"].to(torch.float16)}
-
-    def _step(self, open_: _Open) -> None:
-        parents = open_.pop(max(1, self.settings.columns // 2))
+    def step(self) -> None:
+        """Take the worst subproblems; tighten those that are due and split the others."""
+        parents = self.open.pop(max(1, self.settings.columns // 2))
         parents["theta"] = parents["theta"].to(self.net.lo.dtype)
         unit = parents.pop("unit").long()
-        due = (parents["since"] >= self.refresh_every).nonzero().flatten()[: self.refresh_at_once]
+        due = (parents["since"] >= self.refresh_every).nonzero().flatten()[: self._refresh_at_once]
         if len(due):
-            self._refresh(open_, {name: value[due] for name, value in parents.items()})
+            self._refresh({name: value[due] for name, value in parents.items()})
             rest = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
             rest[due] = False
             parents, unit = {name: value[rest] for name, value in parents.items()}, unit[rest]
-            if not len(unit):
+            if not len(unit) or self._witness is not None:
                 return
         at = torch.arange(len(unit), device=unit.device)
         parents["theta"][at, unit] = 0
@@ -209,146 +146,102 @@ class Search:
         children = {name: torch.cat([value, value]) for name, value in parents.items()}
         children["sign"][at, unit] = 1
         children["sign"][at + len(at), unit] = -1
-        self._bound(open_, children, self.settings.steps)
+        gain = self._bound(children, self.settings.steps)
+        self._gain = gain if not self._gain else 0.9 * self._gain + 0.1 * gain
 
-    def _refresh(self, open_: _Open, state: dict[str, Tensor]) -> None:
+    def _refresh(self, state: State) -> None:
         """Tighten the bounds of all undecided units of subproblems under their splits, then bound those again."""
         lo, hi = self.tables.read(state["table"], state["sign"])
         sign = state["sign"].t().contiguous()
         for k in range(2, len(self.net.blocks) + 1):
             tighten(self.net, self.exact, k, lo, hi, self.settings.refresh_steps, sign, self.memories)
-        self.tally.refreshed += len(state["table"])
-        # Bounds that cross by more than rounding can make them show that no input satisfies the splits.
-        empty = (lo - hi > 1e-6 * (1 + lo.abs() + hi.abs())).any(0)
-        middle = (lo + hi) / 2
-        lo, hi = torch.where(lo > hi, middle, lo), torch.where(lo > hi, middle, hi)
-        left = (~empty).nonzero().flatten()
-        if not len(left):
+        self.tally.refreshed += len(sign[0])
+        # Ends that cross by more than rounding show that no input satisfies the splits.
+        possible = (lo - hi <= 1e-6 * (1 + lo.abs() + hi.abs())).all(0).nonzero().flatten()
+        if not len(possible):
             return
-        state = {name: value[left] for name, value in state.items()}
-        state["table"] = self.tables.add(lo[:, left].t(), hi[:, left].t())
+        middle = (lo + hi) / 2
+        lo, hi = torch.where(lo > hi, middle, lo)[:, possible], torch.where(lo > hi, middle, hi)[:, possible]
+        state = {name: value[possible] for name, value in state.items()}
+        state["table"] = self.tables.add(lo.t(), hi.t())
         state["since"] = torch.zeros_like(state["since"])
-        self._bound(open_, state, self.settings.steps)
+        gain = self._bound(state, self.settings.steps)
+        import os
+        if os.environ.get("DBG"): print("refresh", len(sign[0]), "gain", round(gain,5), "split", round(self._gain,5), "ratio", round(gain/max(1e-9,self._gain),2), "every", self.refresh_every, "depth", int(state["depth"].max()))
+        # Tightening costs as much as many splits: where it brings less than a few, it is done less often.
+        if gain < 2 * self._gain:
+            self.refresh_every = min(2 * self.refresh_every, 1 << 20)
+        elif gain > 4 * self._gain:
+            self.refresh_every = max(2, self.refresh_every - 1)
 
-    def _bound(self, open_: _Open, state: dict[str, Tensor], steps: int) -> None:
-        """Bound subproblems, drop what is decided, and put the rest with their next unit into `open_`."""
+    def _bound(self, state: State, steps: int) -> float:
+        """Bound subproblems, drop what is decided, put the rest with their next unit back.
+
+        Returns:
+            The mean improvement over the bounds so far (counted up to 0), 0 when there were none.
+        """
         net = self.net
         sign = state["sign"].t()
         exact_lo, exact_hi = self.tables.read(state["table"], state["sign"])
-        lines = Lines.make(exact_lo.to(net.lo.dtype), exact_hi.to(net.lo.dtype), sign)
+        lo, hi = exact_lo.to(net.lo.dtype), exact_hi.to(net.lo.dtype)
+        lines = Lines.make(lo, hi, sign)
         low, high = limits(lines, sign)
-        theta = state["theta"].t().clamp(low, high)
         weights = state["weights"].t()
         functional, constant = net.start(weights)
         problems = Problems(
-            len(net.blocks) + 1, functional, constant, lines, theta, low, high, weights if self.any_row else None
-        )
+            len(net.blocks) + 1, functional, constant, lines, state["theta"].t().clamp(low, high), low, high,
+            weights if self.any_row else None,
+        )  # fmt: skip
         best = ascend(net, problems, steps, self.margin)
         self.tally.domains += len(constant)
         self.tally.depth = max(self.tally.depth, int(state["depth"].max()))
         if best.weights is not None:
             state["weights"] = best.weights.t()
         lower = torch.maximum(best.lower, state["lower"])
+        gain = float((lower.clamp(max=0) - state["lower"].clamp(max=0)).mean()) if bool(
+            (state["lower"] > -math.inf).all()
+        ) else 0.0
         passed = (best.lower > self.margin).nonzero().flatten()
         if len(passed):
-            confirmed = self._confirm(
+            bound = self._confirm(
                 exact_lo[:, passed], exact_hi[:, passed], sign[:, passed], best.theta[:, passed], state["weights"][passed]
             )
-            ok = confirmed > self.margin
-            if bool(ok.any()):
-                self.proven = min(self.proven, float(confirmed[ok].min()))
-            lower[passed] = torch.where(ok, torch.inf, confirmed.to(lower.dtype))
-        left = (lower < torch.inf).nonzero().flatten()
+            sure = bound > self.margin
+            self._decided = min(self._decided, float(torch.where(sure, bound, math.inf).min()))
+            # What only rounding put above the margin stays open, with the bound that was confirmed.
+            lower[passed] = torch.where(sure, math.inf, bound.clamp(max=self.margin)).to(lower.dtype)
+        left = (lower < math.inf).nonzero().flatten()
         if not len(left):
-            return
+            return gain
         worst = left[lower[left].topk(min(16, len(left)), largest=False).indices]
-        self.witness = self.attack(best.x[:, worst])
-        if self.witness is not None:
-            return
-        lines = lines.select(left)
-        undecided = lines.undecided > 0
+        self._witness = self.attack(best.x[:, worst])
+        if self._witness is not None:
+            return gain
+        undecided = lines.undecided[:, left] > 0
         final = ~undecided.any(0)
         for i in left[final].tolist():
-            self._decide(state["sign"][i], None if self.any_row else int(state["weights"][i].argmax()))
-            if self.witness is not None:
-                return
-        more = ~final
-        left = left[more]
-        if not len(left):
-            return
-        unit = self._choose(
-            lines.select(more.nonzero().flatten()), best.theta[:, left], best.kept[:, left], exact_lo[:, left], exact_hi[:, left],
-            {j: v[:, left] for j, v in (net.start(state["weights"].t())[0] if self.any_row else functional).items()},
-            constant[left] if not self.any_row else net.start(state["weights"].t())[1][left], sign[:, left],
-        )  # fmt: skip
-        kept = {name: value[left] for name, value in state.items()}
-        kept.update(lower=lower[left], theta=best.theta[:, left].t(), unit=unit.to(torch.int32))
-        open_.push(self._store(kept))
+            self._decide(state["sign"][i], exact_lo[:, i], state["weights"][i])
+            if self._witness is not None:
+                return gain
+        left, undecided = left[~final], undecided[:, ~final]
+        if len(left):
+            effect = self._effects(best.kept[:, left], lines.undecided[:, left], lo[:, left], hi[:, left])
+            score = torch.where(undecided, effect * lines.intercept[:, left], -1.0)
+            state = {name: value[left] for name, value in state.items()}
+            # Half precision is enough to start the children from.
+            theta = best.theta[:, left].t().to(torch.float16)
+            self.open.push({**state, "lower": lower[left], "theta": theta, "unit": score.argmax(0).to(torch.int32)})
+        return gain
 
-    def _confirm(self, lo: Tensor, hi: Tensor, sign: Tensor, theta: Tensor, weights: Tensor) -> Tensor:
-        exact = self.exact
-        lines = Lines.make(lo, hi, sign)
-        low, high = limits(lines, sign)
-        functional, constant = exact.start(weights.t().double())
-        lower, _, _ = exact.pull(functional, constant, len(exact.blocks) + 1, lines, theta.double().clamp(low, high))
-        return lower
-
-    def _decide(self, sign: Tensor, row: int | None) -> None:
-        self.tally.leaves += 1
-        value, x = self.leaf(sign, row)
-        if value > self.margin:
-            self.proven = min(self.proven, value)
-            return
-        if x is not None:
-            self.witness = self.attack(x.to(self.net.lo.dtype).unsqueeze(1))
-        if self.witness is None:
-            self.stuck += 1
-            self.stuck_lower = min(self.stuck_lower, value)
-
-    def _choose(
-        self, lines: Lines, theta: Tensor, c: Tensor, lo: Tensor, hi: Tensor, functional: dict[int, Tensor],
-        constant: Tensor, sign: Tensor,
-    ) -> Tensor:  # fmt: skip
-        """The unit to split in each column."""
-        effect = self._effects(lines, c, lo.to(c.dtype), hi.to(c.dtype))
-        score = effect * lines.intercept
-        score = torch.where(lines.undecided > 0, score + 1e-12, torch.full_like(score, -1.0))
-        tried = min(self.settings.tried, len(score))
-        top = score.topk(tried, dim=0).indices
-        if tried == 1:
-            return top[0]
-        width = len(constant)
-        columns = torch.arange(width, device=c.device)
-        bounds = []
-        for rank in range(tried):
-            unit = top[rank]
-            both = []
-            for side in (1.0, 0.0):
-                slope, intercept, undecided = lines.slope.clone(), lines.intercept.clone(), lines.undecided.clone()
-                slope[unit, columns], intercept[unit, columns], undecided[unit, columns] = side, 0.0, 0.0
-                at = theta.clone()
-                at[unit, columns] = 0.0
-                bound, _, _ = self.net.pull(
-                    functional, constant, len(self.net.blocks) + 1, Lines(slope, intercept, undecided), at
-                )
-                both.append(bound)
-            bounds.append(torch.minimum(both[0], both[1]))
-        better = torch.stack(bounds)
-        valid = score.gather(0, top) > 0
-        better = torch.where(valid, better, torch.full_like(better, -torch.inf))
-        return top.gather(0, better.argmax(0, keepdim=True)).squeeze(0)
-
-    def _effects(self, lines: Lines, c: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """By how much the bound falls with the intercept of each unit (U, B), to first order.
+    def _effects(self, c: Tensor, undecided: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """By how much the bound falls with the intercept of each unit's upper line (U, B), to first order.
 
         Directly, through its coefficient, and through the bounds of the units above it, whose own intercepts
         ``-lo hi / (hi - lo)`` follow; how those bounds depend on intercepts below is taken from the root.
         """
         effect = -c.clamp(max=0)
-        if not self.settings.indirect:
-            return effect
         width = (hi - lo).clamp_min(1e-12)
-        by_lo, by_hi = (hi / width) ** 2 * lines.undecided, (lo / width) ** 2 * lines.undecided
+        by_lo, by_hi = (hi / width) ** 2 * undecided, (lo / width) ** 2 * undecided
         for k in range(len(self.net.blocks), 1, -1):
             memory = self.memories.get(k)
             if memory is not None:
@@ -356,3 +249,155 @@ class Search:
                 effect[:below] += memory.weight[0].t() @ (by_lo[span] * effect[span])
                 effect[:below] += memory.weight[1].t() @ (by_hi[span] * effect[span])
         return effect
+
+    def _confirm(self, lo: Tensor, hi: Tensor, sign: Tensor, theta: Tensor, weights: Tensor) -> Tensor:
+        """The bounds that these parameters give in float64."""
+        lines = Lines.make(lo, hi, sign)
+        low, high = limits(lines, sign)
+        # A mixture of rows has weights that sum to one in float64 as well.
+        weights = weights.t().double()
+        functional, constant = self.exact.start(weights / weights.sum(0))
+        theta = theta.double().clamp(low, high)
+        return self.exact.pull(functional, constant, len(self.exact.blocks) + 1, lines, theta)[0]
+
+    def _decide(self, sign: Tensor, lo: Tensor, weights: Tensor) -> None:
+        """Settle a subproblem in which the network is affine by a linear program."""
+        self.tally.leaves += 1
+        value, x = _affine_minimum(self.exact, sign, lo, None if self.any_row else int(weights.argmax()))
+        self._decided = min(self._decided, value)
+        if value > self.margin:
+            return
+        if x is not None:
+            self._witness = self.attack(x.unsqueeze(1))
+        if self._witness is None:
+            self._stuck += 1
+
+
+class _Open:
+    """Open subproblems, one a row, in arrays that grow."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._arrays: State = {}
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the rows in use."""
+        return sum(a[: self.count].numel() * a.element_size() for a in self._arrays.values())
+
+    @property
+    def lower(self) -> float:
+        """The smallest bound; inf when nothing is open."""
+        return float(self._arrays["lower"][: self.count].min()) if self.count else math.inf
+
+    def push(self, rows: State) -> None:
+        """Add subproblems."""
+        n = len(rows["lower"])
+        for name, value in rows.items():
+            array = self._arrays.get(name, value[:0])
+            if self.count + n > len(array):
+                grown = array.new_empty(max(1024, 2 * len(array), self.count + n), *array.shape[1:])
+                grown[: self.count] = array[: self.count]
+                array = grown
+            array[self.count : self.count + n] = value
+            self._arrays[name] = array
+        self.count += n
+
+    def pop(self, n: int) -> State:
+        """Take the n subproblems with the smallest bounds."""
+        n = min(n, self.count)
+        lower = self._arrays["lower"][: self.count]
+        taken = lower.topk(n, largest=False).indices
+        out = {name: array[taken] for name, array in self._arrays.items()}
+        # Rows of the tail that stay fill the holes.
+        hole = torch.zeros(self.count, dtype=torch.bool, device=lower.device)
+        hole[taken] = True
+        self.count -= n
+        fill = (~hole[self.count :]).nonzero().flatten() + self.count
+        holes = hole[: self.count].nonzero().flatten()
+        for array in self._arrays.values():
+            array[holes] = array[fill]
+        return out
+
+
+class _Tables:
+    """Bounds (U,) of all units in float64, each shared by the subproblems of a subtree."""
+
+    def __init__(self, lo: Tensor, hi: Tensor) -> None:
+        self._count = 1
+        self._lo, self._hi = lo.unsqueeze(0).clone(), hi.unsqueeze(0).clone()
+
+    @property
+    def bytes(self) -> int:
+        """Memory in use."""
+        return 2 * self._count * self._lo.shape[1] * self._lo.element_size()
+
+    def add(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Store bounds (n, U); their numbers."""
+        end = self._count + len(lo)
+        if end > len(self._lo):
+            room = self._lo.new_empty(max(64, len(self._lo), len(lo)), lo.shape[1])
+            self._lo, self._hi = torch.cat([self._lo, room]), torch.cat([self._hi, room])
+        self._lo[self._count : end], self._hi[self._count : end] = lo, hi
+        numbers = torch.arange(self._count, end, dtype=torch.int32, device=lo.device)
+        self._count = end
+        return numbers
+
+    def read(self, number: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds (U, B) of subproblems with these tables, cut at 0 where `sign` (B, U) says so."""
+        lo, hi = self._lo[number.long()], self._hi[number.long()]
+        lo, hi = torch.where(sign > 0, lo.clamp(min=0), lo), torch.where(sign < 0, hi.clamp(max=0), hi)
+        return lo.t().contiguous(), hi.t().contiguous()
+
+
+def _affine_minimum(net: ReluNet, sign: Tensor, lo: Tensor, row: int | None) -> tuple[float, Tensor | None]:
+    """The smallest value of a row (of the largest row, for None) where every unit has a known sign.
+
+    Args:
+        net: the network in float64.
+        sign: (U,) signs of split units, which are constraints; 0 for units that their bounds decide.
+        lo: (U,) bounds that decide those.
+        row: which row of the network.
+
+    Returns:
+        The minimum and where it is; inf and None when no input has these signs; -inf and None when the solver fails.
+    """
+    from scipy.optimize import linprog
+
+    count = len(net.middle)
+    # Column i is the coefficient of input i in every value, the last column the constant.
+    unit = torch.eye(count, count + 1, dtype=torch.float64, device=net.middle.device)
+    constant = unit.new_zeros(count + 1)
+    constant[count] = 1
+    values = [unit]
+    above, below = [], []
+    for k, block in enumerate(net.blocks, 1):
+        z = block.bias.unsqueeze(1) * constant
+        for j, link in block.links.items():
+            z = z + link.push(values[j])
+        n, span = block.undecided, net.span(k)
+        on = torch.where(sign[span] == 0, lo[span] >= 0, sign[span] > 0)
+        above.append(z[:n][sign[span] > 0])
+        below.append(z[:n][sign[span] < 0])
+        values.append(torch.cat([z[:n] * on.unsqueeze(1), z[n:]]))
+    rows = net.rows.bias.unsqueeze(1) * constant
+    for j, link in net.rows.links.items():
+        rows = rows + link.push(values[j])
+    if row is not None:
+        rows = rows[row : row + 1]
+    # Variables: the inputs and t, the largest of the rows, which is minimised.
+    less = torch.cat([torch.cat(below), -torch.cat(above), rows]).cpu().numpy()
+    t = np.concatenate([np.zeros(len(less) - len(rows)), -np.ones(len(rows))])
+    ends = torch.stack([net.middle - net.half, net.middle + net.half], 1).cpu().numpy()
+    result = linprog(
+        np.append(np.zeros(count), 1.0),
+        A_ub=np.column_stack([less[:, :count], t]),
+        b_ub=-less[:, count],
+        bounds=np.vstack([ends, [[-np.inf, np.inf]]]),
+        method="highs",
+    )
+    if result.status == 2:
+        return math.inf, None
+    if result.status != 0:
+        return -math.inf, None
+    return float(result.fun), torch.from_numpy(result.x[:count]).to(net.middle)

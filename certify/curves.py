@@ -1,8 +1,8 @@
 """One-parameter perturbations whose images follow a curve rather than a line: hue, user-given paths, rotation.
 
 Each image is a continuous function of ``t``. `Path.enclose` puts it, over any interval of t, inside a line with a
-radius around it, which shrinks to nothing with the interval; that is all a verifier needs. Where the image is piecewise linear
-in t, `Path.bends` tells where its pixels bend, and verdicts can be exact.
+radius around it, which shrinks to nothing with the interval; that is all a verifier needs. Where the image is
+piecewise linear in t, `Path.bends` tells where its pixels bend, and verdicts can be exact.
 """
 
 from __future__ import annotations

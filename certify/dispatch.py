@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -11,13 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from certify import attack as attacks
-from certify.bounds import Graph, lower_rows, trace
-from certify.perturbations import AffineFamily, Box, Perturbation
+from certify import line
+from certify.bounds import Graph, lower_rows
+from certify.curves import Curve
+from certify.motion import parametric
+from certify.perturbations import Box, Perturbation
+from certify.precisions import Precisions
 from certify.specs import Spec, margin, select
 from certify.verdicts import Budget, Certificate, Status, join
 
 INCOMPLETE = ("ibp", "crown-ibp", "crown")
-METHODS = ("auto", *INCOMPLETE)
+# Complete for perturbations of few parameters.
+LINE = {"line": "auto", "line-branch": "branch", "line-enumerate": "enumerate"}
+METHODS = ("auto", *INCOMPLETE, *LINE)
 
 # Margins this close to zero, relative to the size of the outputs, are settled in float64. Measured differences between
 # float32 and float64 margins stay below 2e-5 of that size on trained networks.
@@ -46,8 +51,9 @@ def verify(
         x: images (N, ...) in pixel space.
         spec: what must hold of the outputs; references are taken at `x`.
         p: what may change.
-        method: "ibp", "crown-ibp", "crown": one bound, then an attack on what it leaves open; "auto": these in order of
-            cost, each on the images that are still open.
+        method: "ibp", "crown-ibp", "crown": one bound, then an attack on what it leaves open; "line": exact for
+            perturbations of one or two parameters ("line-branch" and "line-enumerate" force one of its two ways);
+            "auto": "line" where it applies, else the bounds in order of cost, each on the images that are still open.
         budget: seconds an image and bytes of working memory.
         attack: look for counterexamples among the images that no bound settles.
         seed: for the attack's random restarts.
@@ -70,19 +76,25 @@ def verify(
     if not len(x):
         raise ValueError("no images to verify: the batch is empty")
     p.check(x)
+    few = parametric(p)
+    if method in LINE and not few:
+        raise ValueError(f"{method!r} is for perturbations of few parameters, not for {p.describe()}; use 'auto'")
     budget = budget or Budget()
     parts = []
     with torch.no_grad():
         reference = model(x)
         spec.rows(reference)  # a property that does not fit the network is refused before any work
-        nets = _Precisions(model, x)
+        nets = Precisions(model, x)
         for at in range(0, len(x), chunk):
             part = torch.arange(at, min(at + chunk, len(x)), device=x.device)
             own = select(spec, reference, part)
             task = _Chunk(nets, x[part], reference[part], own, p.select(part, len(x)), budget)
             task.look()
-            for stage in INCOMPLETE if method == "auto" else (method,):
-                task.bound(stage)
+            if method in LINE or (method == "auto" and few):
+                task.line(LINE.get(method, "auto"), seed + at)
+            else:
+                for stage in INCOMPLETE if method == "auto" else (method,):
+                    task.bound(stage)
             if attack:
                 task.attack(seed + at)
             parts.append(task.certificate(method))
@@ -91,27 +103,11 @@ def verify(
     return join(parts)
 
 
-class _Precisions:
-    """The model's graph as given and, made when first needed, in float64."""
-
-    def __init__(self, model: nn.Module, x: Tensor) -> None:
-        self.model, self._example = model, x[:2]
-        self.given = trace(model, self._example)[0].folded()
-        self._double = None if x.dtype != torch.float64 else self.given
-
-    @property
-    def double(self) -> Graph:
-        if self._double is None:
-            model = copy.deepcopy(self.model).double()
-            self._double = trace(model, self._example.double())[0].folded()
-        return self._double
-
-
 class _Chunk:
     """The open and settled images of one chunk."""
 
     def __init__(
-        self, nets: _Precisions, x: Tensor, reference: Tensor, spec: Spec, p: Perturbation, budget: Budget
+        self, nets: Precisions, x: Tensor, reference: Tensor, spec: Spec, p: Perturbation, budget: Budget
     ) -> None:
         self.nets, self.x, self.reference, self.spec, self.p, self.budget = nets, x, reference, spec, p, budget
         rows = spec.rows(reference)
@@ -122,7 +118,8 @@ class _Chunk:
         self.seconds = torch.zeros(n, dtype=torch.float64)
         self.inputs = torch.full_like(x, math.nan)
         self.bounded = torch.zeros(n, dtype=torch.int64)
-        k = p.parameters if isinstance(p, AffineFamily) else 0
+        self.work: dict[str, Tensor] = {}
+        k = p.parameters if parametric(p) else 0
         self.parameters = torch.full((n, k), math.nan, dtype=x.dtype, device=x.device) if k else None
         outputs = reference.abs().amax(1, keepdim=True)
         self.size = (self.C.abs().sum(2) * outputs + self.d.abs()).amax(1)
@@ -135,7 +132,7 @@ class _Chunk:
 
     def look(self) -> None:
         """Settle images that already fail as they are (a misclassified image is its own counterexample)."""
-        if isinstance(self.p, Box):
+        if isinstance(self.p, Box | Curve):
             return  # the images are reference points, not necessarily in the box
         failed = margin(self.spec, self.reference, self.reference) <= 0
         self.status[failed] = Status.VIOLATED
@@ -165,6 +162,27 @@ class _Chunk:
         p = self.p.select(index, len(self.x))
         return (lower_rows(graph, x, p, method, C, self.budget.memory // 4) + d).amin(1)
 
+    def line(self, method: str, seed: int) -> None:
+        """Decide the open images along their path of parameters."""
+        index = self._open()
+        if not len(index):
+            return
+        p = self.p.select(index, len(self.x))
+        assert parametric(p)
+        found = line.verify(
+            self.nets, self.x[index], self.reference[index], select(self.spec, self.reference, index), p, self.budget,
+            method=method, seed=seed,
+        )  # fmt: skip
+        self.status[index] = found.status.to(index.device)
+        self.lower[index] = found.lower.to(self.lower)
+        self.seconds[index.cpu()] += found.seconds
+        broken = index[found.status.to(index.device) == Status.VIOLATED]
+        self.inputs[index] = found.inputs
+        assert self.parameters is not None
+        self.parameters[broken] = found.parameters.to(self.parameters)[torch.isin(index, broken)]
+        for kind, count in found.work.items():
+            self.work[kind] = torch.zeros(len(self.x), dtype=torch.int64).index_copy(0, index.cpu(), count)
+
     def attack(self, seed: int) -> None:
         """Look for counterexamples among the open images."""
         index = self._open()
@@ -183,7 +201,7 @@ class _Chunk:
     def certificate(self, method: str) -> Certificate:
         """What is known so far."""
         return Certificate(
-            self.status, self.lower, self.seconds, self.inputs, {"rows": self.bounded}, method,
+            self.status, self.lower, self.seconds, self.inputs, self.work or {"rows": self.bounded}, method,
             margin=MARGIN, dtype="float64" if self.x.dtype == torch.float64 else "float32, close calls in float64",
             parameters=self.parameters,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -111,6 +113,6 @@ class Motion:
         return places[weight.argsort(descending=True)[:most]].sort().values
 
 
-def parametric(p: Perturbation) -> bool:
+def parametric(p: Perturbation) -> TypeGuard[Parametric]:
     """Whether `p` moves images along a few parameters."""
     return isinstance(p, AffineFamily | Path)

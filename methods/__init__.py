@@ -16,6 +16,7 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "random": ("Random", "RandomConfig", "train, remove at random, fine-tune"),
     "magnitude": ("Magnitude", "MagnitudeConfig", "LMP: train, remove the smallest weights once, fine-tune"),
     "imp": ("IMP", "IMPConfig", "iterative magnitude pruning with rewinding"),
+    "usn": ("USN", "USNConfig", "channels unstable under semantic perturbations, removed progressively in training"),
 }
 
 __all__ = ["describe", "get", "names"]

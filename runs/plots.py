@@ -138,7 +138,7 @@ def clean_against_verified(tables: Sequence[Table]) -> bytes:
             low = min(axis.get_xlim()[0], axis.get_ylim()[0])
             axis.axline((100, 100), slope=1, color="0.7", linewidth=0.8)
             axis.set_xlim(left=low, right=103)
-            axis.set_ylim(bottom=-3, top=103)
+        axis.set_ylim(bottom=-3, top=103)
         axis.set_title(table.title, fontsize=8)
         axis.set_xlabel("mean keypoint error (px)" if keypoints else "clean accuracy (%)", fontsize=8)
         axis.set_ylabel("verified (%)", fontsize=8)

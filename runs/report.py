@@ -85,7 +85,8 @@ def _counts(row: Row, table: Table) -> str:
 def _versus(row: Row, table: Table) -> str:
     if row.versus_dense_difference is None or row.versus_dense_p is None:
         return "–"
-    return f"{100 * row.versus_dense_difference:+.1f} (p={row.versus_dense_p:.2g})"
+    p = f"p={row.versus_dense_p:.2g}" if row.versus_dense_p >= 0.001 else "p<0.001"
+    return f"{100 * row.versus_dense_difference:+.1f} ({p})"
 
 
 def _paper(row: Row, table: Table) -> str:

@@ -8,17 +8,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from certify.bounds import forward
 from certify.bounds.crown import crown_intervals, crown_rows
 from certify.bounds.graph import Graph
 from certify.bounds.interval import intervals, rows_from_intervals
 from certify.bounds.op import UnsupportedOperation
+from certify.bounds.propagation import Propagation, Rectifier, cross_entropy
 from certify.bounds.region import Region, attach
 from certify.bounds.trace import trace
 from certify.perturbations import Perturbation
 
-__all__ = ["METHODS", "Graph", "Network", "Region", "UnsupportedOperation", "attach", "bounds", "lower_rows", "trace"]
+__all__ = [
+    "METHODS",
+    "Graph",
+    "Network",
+    "Propagation",
+    "Rectifier",
+    "Region",
+    "UnsupportedOperation",
+    "attach",
+    "bounds",
+    "cross_entropy",
+    "lower_rows",
+    "trace",
+]
 
-METHODS = ("ibp", "crown-ibp", "crown")
+METHODS = ("ibp", "crown-ibp", "crown", "forward")
 Output = tuple[Tensor, Tensor]
 
 
@@ -27,6 +42,7 @@ class Network:
 
     Attributes:
         graph: the bounded operations, batch normalisation folded into the layer before it.
+        recorded: the same, every normalisation an operation of its own.
         output: the model's output on `x`, with gradients; in training mode the one forward pass of this step.
 
     In training mode batch normalisation uses the statistics of this batch; gradients flow through them as well, unless
@@ -38,8 +54,8 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bool = False) -> None:
-        self.graph, self.output = trace(model, x, check, detach_statistics)
-        self.graph = self.graph.folded()
+        self.recorded, self.output = trace(model, x, check, detach_statistics)
+        self.graph = self.recorded.folded()
         self._x = x
 
     def bounds(
@@ -47,6 +63,10 @@ class Network:
     ) -> tuple[Tensor, Tensor]:
         """Bounds over `p` around the traced batch; see `certify.bounds` for arguments and result."""
         return bound_rows(self.graph, self._x, p, method, C, memory)
+
+    def propagate(self, p: Perturbation, method: str = "ibp") -> Propagation:
+        """Intervals of every node over `p` around the traced batch; see `Propagation.of` for `method`."""
+        return Propagation.of(self.graph, self.recorded, self._x, p, method)
 
 
 def bounds(
@@ -63,7 +83,8 @@ def bounds(
         model: any module whose operations are supported; normalisation belongs inside it.
         x: images (N, ...) in pixel space.
         p: what may change.
-        method: "ibp", "crown-ibp", "crown", or "auto-lirpa:<method>" for auto-LiRPA's own.
+        method: "ibp", "crown-ibp", "crown", "forward" (perturbations and boxes of few parameters), or
+            "auto-lirpa:<method>" for auto-LiRPA's own.
         C: (N, rows, outputs) linear functions of the output; it is folded into the last affine layers.
         memory: bytes that working tensors should stay near.
 
@@ -113,6 +134,8 @@ def bound_rows(
 def lower_rows(graph: Graph, x: Tensor, p: Perturbation, method: str, C: Tensor, memory: int = 1 << 28) -> Tensor:
     """Lower bounds (N, R) of ``C y`` for C (N, R, outputs); `method` as in `bounds`, without back ends."""
     attached, region = attach(graph, x, p, hull=method == "ibp")
+    if method == "forward":
+        return forward.lower_rows(attached, region, C)
     if method == "ibp":
         return rows_from_intervals(attached, region, intervals(attached, region), C)
     found = intervals(attached, region) if method == "crown-ibp" else crown_intervals(attached, region, memory)

@@ -120,6 +120,22 @@ class Scale(Affine):
         return None if self.shift is None else c.sum(self.shift)
 
 
+class BatchNorm(Scale):
+    """Batch normalisation ``(x - mean) * inverse * weight + bias`` with statistics that are known by now.
+
+    The parts stay at hand for those who ask about the value before the affine pair: `mean`, `inverse` (1 / sqrt(var +
+    eps)), `weight` and `offsets` (the affine pair), (channels,) each, the last two None when the layer has none.
+    """
+
+    def __init__(
+        self, mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
+    ) -> None:
+        scale = inverse if weight is None else inverse * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        super().__init__(scale.reshape(shape), shift.reshape(shape))
+        self.mean, self.inverse, self.weight, self.offsets = mean, inverse, weight, bias
+
+
 class Reshape(Affine):
     """The same numbers in another shape (flatten, view, squeeze)."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 
 import torch
 from torch import Tensor
@@ -92,12 +94,15 @@ class Ascended:
 
 
 def ascend(
-    net: ReluNet, problems: Problems, steps: int, target: float, rate: float = 0.1, decay: float = 0.98,
-    multiplier_rate: float = 1.0, betas: tuple[float, float] = (0.9, 0.999),
-) -> Ascended:  # fmt: skip
+    net: ReluNet, problems: Problems, steps: int, target: float, *, rate: float = 0.06, multiplier_rate: float = 0.7
+) -> Ascended:
     """Adam on the dual; columns whose bound passes `target` are left as they are from then on.
 
-    Returns what belongs to the best bound of each column, never worse than the start.
+    `rate` is the first step of slopes, `multiplier_rate` that of multipliers in units of the root mean square of the
+    coefficients they are added to. With little momentum a handful of steps is enough: starts are warm.
+
+    Returns:
+        What belongs to the best bound of each column, never worse than the start.
     """
     now, running = problems, torch.arange(len(problems.constant), device=problems.constant.device)
     best: Ascended | None = None
@@ -126,12 +131,12 @@ def ascend(
         g, values = net.gradient(x, c, now.upto, now.lines, now.theta)
         if scale is None:
             # Slopes live in [0, 1]; multipliers have the scale of the coefficients they are added to.
-            typical = multiplier_rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
+            typical = multiplier_rate / rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
             scale = torch.where(now.lines.undecided > 0, torch.ones_like(c), typical)
-        first = betas[0] * first + (1 - betas[0]) * g
-        second = betas[1] * second + (1 - betas[1]) * g * g
-        size = rate * decay**step / (1 - betas[0] ** (step + 1))
-        move = size * scale * first / ((second / (1 - betas[1] ** (step + 1))).sqrt() + 1e-12)
+        first = 0.5 * first + 0.5 * g
+        second = 0.999 * second + 0.001 * g * g
+        size = rate * 0.98**step / (1 - 0.5 ** (step + 1))
+        move = size * scale * first / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-12)
         now = dataclasses.replace(now, theta=(now.theta + move).clamp(now.low, now.high))
         if now.weights is not None:
             value = net.outputs(values)
@@ -164,6 +169,7 @@ def tighten(
     steps: int,
     sign: Tensor | None = None,
     memories: Memories | None = None,
+    deadline: float = math.inf,
     bytes_: int = 1 << 26,
 ) -> None:
     """Tighten the bounds of block k's undecided units by dual ascent, confirmed in the arithmetic of `exact`.
@@ -178,6 +184,7 @@ def tighten(
         sign: (U, B) the splits of each subproblem, None for none.
         memories: parameters to start from. Without an entry for k the start is CROWN's, and what is found (for problem
             0, the root) is stored.
+        deadline: `time.perf_counter` after which no more units are tightened.
         bytes_: bytes for working tensors.
     """
     span, below = net.span(k), net.offsets[k - 1]
@@ -196,6 +203,8 @@ def tighten(
         memories[k] = memory
     chunk = max(1, bytes_ // (net.lo.element_size() * (12 * below + 3 * len(net.middle))))
     for at in range(0, len(units), chunk):
+        if time.perf_counter() > deadline:
+            return
         u, b = units[at : at + chunk], problem[at : at + chunk]
         for side, way in enumerate((1.0, -1.0)):
             splits = None if sign is None else sign[:below, b]

@@ -2,8 +2,8 @@
 
 The input is a box of K parameters, written ``s`` in [-1, 1]^K. Every value of the network is enclosed between two
 parallel linear functions of s, ``centre(s) - radius <= v <= centre(s) + radius``. An affine layer maps the centre by W
-and the radius by |W|, so the cost is K + 2 plain forward passes whatever the number of values; an activation is enclosed
-between two parallel lines on the range its input has. With small boxes this is close to exact.
+and the radius by |W|, so the cost is K + 2 plain forward passes whatever the number of values; an activation is
+enclosed between two parallel lines on the range its input has. With small boxes this is close to exact.
 
 The affine arithmetic of DeepZ (Singh et al., 2018), with one noise symbol for each parameter and one interval for the
 rest. Two lines of different slopes (K + 1 more passes) were measured to be no tighter on keypoint networks.
@@ -12,6 +12,7 @@ rest. Two lines of different slopes (K + 1 more passes) were measured to be no t
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,7 +52,7 @@ class Form:
 
 
 class Band(NamedTuple):
-    """Around an elementwise function: ``|f(v) - slope v - shift| <= slack``."""
+    """Around an elementwise function on an interval: ``|f(v) - slope v - shift| <= slack`` for every v in it."""
 
     slope: Tensor
     shift: Tensor
@@ -90,8 +91,15 @@ def entry(region: Region) -> Form:
     return Form(centre.reshape(-1, *region.lo.shape), torch.zeros_like(region.lo))
 
 
-# Told of each nonlinear node: its index, the form it reads, and, for elementwise functions, the band around it.
-Visit = Callable[[int, Form, "Band | None", Form], None]
+def lower_rows(graph: Graph, region: Region, C: Tensor) -> Tensor:
+    """Lower bounds (N, R) of ``C y`` over `region` for C (N, R, outputs)."""
+    out = propagate(graph, entry(region))
+    centre = (out.centre.unsqueeze(2) @ C.transpose(1, 2)).squeeze(2)
+    return centre[0] - centre[1:].abs().sum(0) - (out.radius.unsqueeze(1) @ C.abs().transpose(1, 2)).squeeze(1)
+
+
+# Told of each nonlinear node: its index, the form it reads, and its own.
+Visit = Callable[[int, Form, Form], None]
 
 
 def propagate(graph: Graph, start: Form, visit: Visit | None = None) -> Form:
@@ -104,10 +112,9 @@ def propagate(graph: Graph, start: Form, visit: Visit | None = None) -> Form:
         if isinstance(op, Affine):
             forms[index] = affine(op, inputs)
         else:
-            found, band = nonlinear(op, inputs)
-            forms[index] = found
+            forms[index] = nonlinear(op, inputs)
             if visit is not None:
-                visit(index, inputs[0], band, found)
+                visit(index, inputs[0], forms[index])
         for i in node.inputs:
             readers[i] -= 1
             if not readers[i] and i != graph.output:
@@ -133,18 +140,16 @@ def affine(op: Affine, inputs: list[Form]) -> Form:
     return Form(centre, op.magnitude(*(v.radius for v in inputs)))
 
 
-def nonlinear(op: Op, inputs: list[Form]) -> tuple[Form, Band | None]:
-    """A nonlinear operation, and the band used where it is an elementwise function."""
-    v = inputs[0]
+def nonlinear(op: Op, inputs: list[Form]) -> Form:
+    """A nonlinear operation; one without lines of its own becomes an interval."""
     if isinstance(op, Activation):
-        found = band(op, v)
-        return found.apply(v), found
+        return activation(op, inputs[0])
     if isinstance(op, MaxPool2d):
-        return max_pool(op, v), None
+        return max_pool(op, inputs[0])
     if isinstance(op, Expectation):
-        return expectation(op, v), None
-    lo, hi = op.interval(*(u.interval() for u in inputs))
-    return _constant(lo, hi, len(v.centre)), None
+        return expectation(op, inputs[0])
+    lo, hi = op.interval(*(v.interval() for v in inputs))
+    return _constant(lo, hi, len(inputs[0].centre))
 
 
 def _constant(lo: Tensor, hi: Tensor, coefficients: int) -> Form:
@@ -153,23 +158,56 @@ def _constant(lo: Tensor, hi: Tensor, coefficients: int) -> Form:
     return Form(centre, (hi - lo) / 2)
 
 
-def band(op: Activation, v: Form) -> Band:
-    """Parallel lines around an activation on the range of `v`, or a constant interval where that is narrower."""
+def activation(op: Activation, v: Form) -> Form:
+    """An elementwise function."""
     if isinstance(op, ReLU):
-        return _relu(v)
+        return rectify(v)
     if isinstance(op, LeakyReLU):
-        base = _relu(v)
+        part = rectify(v)
         rest = 1 - op.slope
-        return Band(op.slope + rest * base.slope, rest * base.shift, rest * base.slack)
+        return Form(op.slope * v.centre + rest * part.centre, op.slope * v.radius + rest * part.radius)
+    return band(op, v).apply(v)
+
+
+def departure(op: Activation, v: Form, slope: Tensor) -> Form:
+    """The form of ``f(v) - slope v`` for a derivative `slope` of f (at any point, not necessarily one in v)."""
+    if isinstance(op, ReLU | LeakyReLU):
+        # relu(v) - v = relu(-v), and a leaky ReLU is its smaller slope and a share of the ReLU.
+        rest = 1.0 if isinstance(op, ReLU) else 1 - op.slope
+        part = rectify(Form(torch.where(slope == 1, -v.centre, v.centre), v.radius))
+        return part if rest == 1 else Form(rest * part.centre, rest * part.radius)
+    return band(op, v).residual(v, slope)
+
+
+def rectify(v: Form) -> Form:
+    """``max(v, 0)`` between the chord over the range of the *upper* line of v, and the line of that slope through 0.
+
+    ``relu(v) <= relu(upper(s))`` needs the chord only where the upper line itself changes sign, which is tighter than
+    the chord over all of v; a constant interval is used where that is narrower. Branch-free: stable neurons get slope 0
+    or 1 and no slack.
+    """
+    sway = v.sway()
+    high = v.centre[0] + v.radius + sway
+    slope = (high / (2 * sway + torch.finfo(high.dtype).tiny)).clamp(0, 1)
+    high = high.clamp(min=0)
+    half = high * (1 - slope) / 2
+    box = high < 2 * (slope * v.radius + half)
+    half = torch.where(box, high / 2, half)
+    slope = slope.masked_fill(box, 0)
+    centre = v.centre * slope
+    centre[0] += half
+    return Form(centre, v.radius * slope + half)
+
+
+def band(op: Activation, v: Form) -> Band:
+    """Parallel lines around a function on the range of `v`, or a constant interval where that is narrower."""
     lo, hi = v.interval()
     if isinstance(op, Clamp):
         # The chord; the function departs from it most at a kink or an end.
         f_lo, f_hi = op.forward(lo), op.forward(hi)
         slope = (f_hi - f_lo) / (hi - lo).clamp(min=torch.finfo(lo.dtype).tiny)
-        kinks = [lo, hi] + [
-            torch.clamp(torch.clamp(lo, min=k), max=hi) for k in (op.low, op.high) if abs(k) < torch.inf
-        ]
-        gaps = torch.stack([op.forward(k) - slope * k for k in kinks])
+        kinks = [torch.minimum(lo.clamp(min=k), hi) for k in (op.low, op.high) if math.isfinite(k)]
+        gaps = torch.stack([op.forward(k) - slope * k for k in (lo, hi, *kinks)])
         least, most = gaps.amin(0), gaps.amax(0)
     else:
         r = op.relax(lo, hi)
@@ -186,22 +224,6 @@ def band(op: Activation, v: Form) -> Band:
         torch.where(box, (f_hi + f_lo) / 2, (most + least) / 2),
         torch.where(box, (f_hi - f_lo) / 2, slack),
     )
-
-
-def _relu(v: Form) -> Band:
-    """The upper line is the chord over the range of the *upper* line of v, the lower line the same slope through 0.
-
-    ``relu(v) <= relu(upper(s))`` needs the chord only where the upper line itself changes sign, which is tighter than
-    the chord over all of v. Branch-free: stable neurons get slope 0 or 1 and no slack.
-    """
-    sway = v.sway()
-    high = v.centre[0] + v.radius + sway
-    slope = (high / (2 * sway + torch.finfo(high.dtype).tiny)).clamp(0, 1)
-    high = high.clamp(min=0)
-    half = high * (1 - slope) / 2
-    box = high < 2 * (slope * v.radius + half)
-    half = torch.where(box, high / 2, half)
-    return Band(slope.masked_fill(box, 0), half, half)
 
 
 def max_pool(op: MaxPool2d, v: Form) -> Form:

@@ -75,8 +75,8 @@ class Graph:
         return Graph(nodes, self.output + shift)
 
     def folded(self) -> Graph:
-        """The same function with fewer nodes: every channel-wise `Scale` merged into the convolution or linear map before
-        it, and every softmax that only a linear map reads merged with that map."""
+        """The same function with fewer nodes: every channel-wise `Scale` merged into the convolution or linear map
+        before it, and every softmax that only a linear map reads merged with that map."""
         readers = self.consumers()
         ops = [node.op for node in self.nodes]
         alias = list(range(len(self.nodes)))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from certify.bounds.activations import Clamp, LeakyReLU, ReLU, SShaped
 from certify.bounds.expectation import Expectation
-from certify.bounds.forward import Band, Form, propagate
+from certify.bounds.forward import Form, departure, propagate
 from certify.bounds.graph import Graph
 from certify.bounds.op import Activation, Affine, Coefficients, Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d, PoolRelaxation
@@ -86,10 +86,10 @@ class Tangent:
             centre.add_(c @ rows)
             radius.add_(r @ rows.abs())
 
-        def visit(index: int, v: Form, band: Band | None, f: Form) -> None:
+        def visit(index: int, v: Form, f: Form) -> None:
             d = self.departures.get(index)
             if d is not None:
-                add(d.rows, _departure(self.graph.operation(index), d.tangent, v, band, f))
+                add(d.rows, _departure(self.graph.operation(index), d.tangent, v, f))
 
         out = propagate(self.graph, start, visit)
         add(self.entry, start)
@@ -115,10 +115,10 @@ def _linearise(op: Op, c: Coefficients, v: Tensor, f: Tensor) -> tuple[Coefficie
     raise UnsupportedOperation(f"{op.label} has no tangent here")
 
 
-def _departure(op: Op, tangent: Tensor, v: Form, band: Band | None, f: Form) -> Form:
+def _departure(op: Op, tangent: Tensor, v: Form, f: Form) -> Form:
     """The form of f(v) minus its tangent."""
-    if band is not None:
-        return band.residual(v, tangent)
+    if isinstance(op, Activation):
+        return departure(op, v, tangent)
     if isinstance(op, MaxPool2d):
         return _pool_departure(op, tangent.expand_as(f.radius), v, f)
     assert isinstance(op, Expectation)
@@ -130,7 +130,7 @@ def slope_at(op: Activation, v: Tensor) -> Tensor:
     if isinstance(op, ReLU):
         return (v > 0).to(v.dtype)
     if isinstance(op, LeakyReLU):
-        return torch.where(v > 0, 1.0, op.slope).to(v.dtype)
+        return torch.where(v > 0, v.new_ones(()), v.new_tensor(op.slope))
     if isinstance(op, Clamp):
         return ((v > op.low) & (v < op.high)).to(v.dtype)
     if isinstance(op, SShaped):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from certify.bounds import activations
-from certify.bounds.affine import Add, Cat, Conv2d, Linear, NonNegative, Reshape, Scale
+from certify.bounds.affine import Add, BatchNorm, Cat, Conv2d, Linear, NonNegative, Reshape, Scale
 from certify.bounds.graph import Graph, Node
 from certify.bounds.op import Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d
@@ -278,9 +278,7 @@ def _batch_norm(
         mean, inverse = _Statistics.apply(input.detach() if r.detach_statistics else input, mean, inverse)
     else:
         mean, inverse = running_mean, torch.rsqrt(running_var + eps)
-    scale = inverse if weight is None else inverse * weight
-    shift = -mean * scale if bias is None else bias - mean * scale
-    return (Scale(scale.reshape(shape), shift.reshape(shape)), (input,), value)
+    return (BatchNorm(mean, inverse, weight, bias, shape), (input,), value)
 
 
 class _Statistics(torch.autograd.Function):

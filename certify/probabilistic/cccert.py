@@ -115,7 +115,7 @@ def half_margin(probabilities: ArrayLike) -> Array:
     return ((top[..., -1] - top[..., -2]) / 2)[()]
 
 
-def cccert(z: ArrayLike, d: ArrayLike, config: CCCert | None = None) -> Outcome:
+def cc_cert(z: ArrayLike, d: ArrayLike, config: CCCert | None = None) -> Outcome:
     """CC-Cert's bound from discrepancies, in log-space (e^{tZ} itself overflows for t up to 1e4).
 
     ln Y(t) is convex in t, and so is a maximum of such, so that a binary search finds the smallest value on the grid
@@ -176,7 +176,7 @@ def _log_y(excess: Array, t: Array) -> Array:
 
 
 def _smallest(value: Callable[[NDArray[np.intp]], Array], rows: int, length: int) -> NDArray[np.intp]:
-    """Where a convex sequence of `length` is smallest, for `rows` of them: the first index whose successor is larger."""
+    """Where each of `rows` convex sequences is smallest: the first index whose successor is no smaller."""
     low, high = np.zeros(rows, dtype=np.intp), np.full(rows, length - 1, dtype=np.intp)
     while (low < high).any():
         middle = (low + high) // 2

@@ -6,34 +6,22 @@ the task loss on the clean image (weight kappa) and on the worst output that int
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import certify
+from certify.bounds import Propagation
 from certify.specs import margin_rows
+from methods.training.bounding import Kind, Step, check_perturbation, no_dropout, perturbation
 from methods.training.eps import Linear, Smoothed
 from methods.training.losses import TaskLoss
 from methods.training.natural import means
 from methods.training.objective import Batch, Progress
-
-
-@contextlib.contextmanager
-def _no_dropout(model: nn.Module) -> Iterator[None]:
-    """Dropout modules in eval mode: a random draw has no bound."""
-    active = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
-    for module in active:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module in active:
-            module.train()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,23 +47,20 @@ class IBP:
     """
 
     eps: float
-    perturbation: Literal["Linf", "Brightness", "Contrast"] = "Linf"
+    perturbation: Kind = "Linf"
     schedule: Linear | Smoothed = dataclasses.field(default_factory=Linear)
     kappa_start: float = 1.0
     kappa_end: float = 0.5
     detach_statistics: bool = False
 
-    name: Literal["ibp"] = dataclasses.field(default="ibp", init=False)
+    name: str = dataclasses.field(default="ibp", init=False)
     mixed_precision: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.eps < float("inf"):
-            raise ValueError(f"eps must be a finite radius >= 0 in pixel space, got {self.eps}")
+        check_perturbation(self.perturbation, self.eps)
         for kappa in (self.kappa_start, self.kappa_end):
             if not 0.0 <= kappa <= 1.0:
                 raise ValueError(f"kappa is the weight of the clean loss and must lie in [0, 1], got {kappa}")
-        if self.perturbation not in ("Linf", "Brightness", "Contrast"):
-            raise ValueError(f"perturbation must be Linf, Brightness or Contrast, got {self.perturbation!r}")
 
     def radius(self, progress: Progress) -> float:
         """The scheduled radius."""
@@ -88,21 +73,25 @@ class IBP:
     def loss(
         self, model: nn.Module, x: Tensor, y: Tensor, task_loss: TaskLoss, progress: Progress
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        radius, kappa = self.radius(progress), self.kappa(progress)
-        plain = radius == 0.0 or kappa == 1.0
+        step = self.step(model, x, y, task_loss, progress)
+        return step.loss, step.metrics
+
+    def step(self, model: nn.Module, x: Tensor, y: Tensor, task_loss: TaskLoss, progress: Progress) -> Step:
+        """The loss, and the intervals for those who look at them too (`methods.training.regularised`)."""
+        radius, kappa, share = self.radius(progress), self.kappa(progress), self.schedule(progress.fraction)
+        if radius == 0.0 or kappa == 1.0:
+            outputs = model(x)
+            natural = task_loss(outputs, y)
+            return Step(natural, self._clean(natural, outputs, y, task_loss), share=share)
         # One forward pass gives the clean outputs and, traced, the graph to bound: normalisation sees the batch once.
-        traced = None
-        if not plain:
-            with _no_dropout(model):
-                traced = certify.Network(model, x, check=False, detach_statistics=self.detach_statistics)
-        outputs = model(x) if traced is None else traced.output
-        natural = task_loss(outputs, y)
-        metrics = {"natural": natural.detach(), "score": task_loss.score(outputs.detach(), y) / len(x)}
-        if traced is None:
-            return natural, metrics
-        worst, certified = self._worst(traced, y, radius, task_loss)
+        with no_dropout(model):
+            traced = certify.Network(model, x, check=False, detach_statistics=self.detach_statistics)
+        natural = task_loss(traced.output, y)
+        found = self._propagate(traced, radius)
+        worst, certified = self._worst(found, y, share, task_loss)
+        metrics = self._clean(natural, traced.output, y, task_loss)
         metrics |= {"robust": worst.detach(), "certified": certified.detach() / len(x)}
-        return kappa * natural + (1.0 - kappa) * worst, metrics
+        return Step(kappa * natural + (1.0 - kappa) * worst, metrics, found, share)
 
     def validate(
         self, model: nn.Module, val: Iterable[Batch], task_loss: TaskLoss, progress: Progress
@@ -111,24 +100,35 @@ class IBP:
         for x, y in val:
             traced = certify.Network(model, x, check=False)
             clean.append(task_loss.score(traced.output, y))
-            certified.append(self._worst(traced, y, self.eps, task_loss)[1])
+            certified.append(self._worst(self._propagate(traced, self.eps), y, 1.0, task_loss)[1])
             count += len(x)
         result = means({"clean": clean, "certified": certified}, count)
         score = self.kappa_end * result["clean"] + (1.0 - self.kappa_end) * result["certified"]
         return {"score": score} | result
 
-    def settled(self) -> IBP:
+    def settled(self) -> Self:
         return dataclasses.replace(self, schedule=Linear(0.0, 0.0))
 
-    def _worst(self, traced: certify.Network, y: Tensor, radius: float, task_loss: TaskLoss) -> tuple[Tensor, Tensor]:
-        """Mean loss at the worst output within `radius`, and the sum of its score (certified images; minus px)."""
-        kinds = {"Linf": certify.Linf, "Brightness": certify.Brightness, "Contrast": certify.Contrast}
-        perturbation = kinds[self.perturbation](radius)
+    def _clean(self, natural: Tensor, outputs: Tensor, y: Tensor, task_loss: TaskLoss) -> dict[str, Tensor]:
+        return {"natural": natural.detach(), "score": task_loss.score(outputs.detach(), y) / len(outputs)}
+
+    def _propagate(self, traced: certify.Network, radius: float) -> Propagation:
+        return traced.propagate(perturbation(self.perturbation, radius))
+
+    def _worst(self, found: Propagation, y: Tensor, share: float, task_loss: TaskLoss) -> tuple[Tensor, Tensor]:
+        """Mean loss at the worst output, and the sum of its score (certified images; minus px)."""
         if task_loss.kind == "classification":
-            rows = margin_rows(y, traced.output.shape[1]).to(traced.output.dtype)
-            margins, _ = traced.bounds(perturbation, method="ibp", C=rows)
+            margins = self._rows(found, margin_rows(y, found.output[0].shape[1]).to(found.output[0]), share)
             logits = F.pad(-margins, (1, 0))  # the label's own logit is the reference, 0
             return F.cross_entropy(logits, torch.zeros_like(y)), (margins > 0).all(1).sum().float()
-        lower, upper = traced.bounds(perturbation, method="ibp")
+        lower, upper = self._ends(found, share)
         corner = torch.where((upper - y).abs() > (lower - y).abs(), upper, lower)
         return task_loss(corner, y), task_loss.score(corner.detach(), y)
+
+    def _rows(self, found: Propagation, C: Tensor, share: float) -> Tensor:
+        """Lower bounds of ``C y`` at this share of the radius."""
+        return found.lower(C)
+
+    def _ends(self, found: Propagation, share: float) -> tuple[Tensor, Tensor]:
+        """Bounds of the outputs at this share of the radius."""
+        return found.output

@@ -31,10 +31,10 @@ class Metric:
     """Which reading of Eqs. 11 to 19 is meant.
 
     Args:
-        bias: ``u`` as "mean_abs", E|D| (Eq. 11, what Algorithm 1 uses), or "abs_mean", \\|E D\\| (Eqs. 13, 17). With
-            antithetic copies the latter vanishes wherever a neuron is linear, and Eq. 19 explodes.
-        ratio: "eq19", s / ((u + eps) d), or "squared", s / ((u + eps)^2 d), what the text above Eq. 19 says. The squared
-            ratio is the same constant (4/3) for every linear neuron under uniform draws.
+        bias: ``u`` as "mean_abs", ``E|D|`` (Eq. 11, what Algorithm 1 uses), or "abs_mean", ``|E D|`` (Eqs. 13, 17).
+            With antithetic copies the latter vanishes wherever a neuron is linear, and Eq. 19 explodes.
+        ratio: "eq19", s / ((u + eps) d), or "squared", s / ((u + eps)^2 d), what the text above Eq. 19 says. The
+            squared ratio is the same constant (4/3) for every linear neuron under uniform draws.
         granularity: what is one unit in Eqs. 19 and 20: a "channel" of a convolution, with d channels, or a "neuron".
         aggregate: a channel's ratio from its mean u and s over images and neurons ("ratio_of_means"), or the mean of
             its neurons' ratios image by image ("mean_of_ratios").
@@ -68,57 +68,87 @@ class Metric:
 
 @dataclasses.dataclass(frozen=True)
 class LayerMetrics:
-    """One layer's metrics. C channels of P neurons each (P = H W for a convolution, 1 for a linear layer).
+    """One layer's metrics, means over images. C channels of P neurons each (P = H W of a convolution, 1 if linear).
 
     Attributes:
-        unbiased: u, (C, P), mean over images.
-        smooth: s, (C, P), mean over images.
-        signal: mean of ``f(x_0)^2`` over images, (C, P).
-        magnitude: mean of ``|f(x_0)|``, (C, P).
-        importance: A in the metric's granularity: (C,) or (C * P,).
+        unbiased: u, (C, P).
+        smooth: s, (C, P).
+        signal: mean of ``f(x_0)^2``, (C, P), without gradient.
+        magnitude: mean of ``|f(x_0)|``, (C, P), without gradient.
+        ratios: mean over images of s / (u + eps) or s / (u + eps)^2, (C, P); None unless the metric needs it.
     """
 
     unbiased: Tensor
     smooth: Tensor
     signal: Tensor
     magnitude: Tensor
-    importance: Tensor
+    ratios: Tensor | None
 
-    @property
-    def channel_importance(self) -> Tensor:
-        """A for each channel, (C,): what channels are ranked by."""
-        return self.importance.reshape(len(self.unbiased), -1).mean(1)
+    def importance(self, metric: Metric) -> Tensor:
+        """A of Eq. 19 in the metric's granularity: (C,) for channels, (C P,) for neurons."""
+        channels, neurons = self.unbiased.shape
+        if metric.granularity == "channel":
+            if metric.aggregate == "ratio_of_means":
+                return metric.importance(self.unbiased.mean(1), self.smooth.mean(1), channels)
+            return self._ratios().mean(1) / channels
+        if metric.aggregate == "ratio_of_means":
+            return metric.importance(self.unbiased, self.smooth, channels * neurons).flatten()
+        return (self._ratios() / (channels * neurons)).flatten()
 
-    def noise_to_signal(self, eps: float) -> Tensor:
-        """E D^2 / E f(x_0)^2 for each channel, (C,): the metric normalised as in the losses of Wei et al. (TMLR 2024)."""
+    def _ratios(self) -> Tensor:
+        if self.ratios is None:
+            raise ValueError("these metrics were taken with aggregate='ratio_of_means'; take them anew")
+        return self.ratios
+
+    def channel_importance(self, metric: Metric) -> Tensor:
+        """A for each channel, (C,), the mean over its units: what channels are ranked by."""
+        return self.importance(metric).reshape(len(self.unbiased), -1).mean(1)
+
+    def noise_to_signal(self, eps: float = 1e-6) -> Tensor:
+        """``E D^2 / (E f(x_0)^2 + eps)`` of each channel, (C,).
+
+        The smooth metric normalised by ``||f(x_0)||``, which is how section III.B of the paper describes the losses of
+        its reference 29 (Wei et al., TMLR 2024).
+        """
         return self.smooth.mean(1) / (self.signal.mean(1) + eps)
 
+    @classmethod
+    def of(cls, clean: Tensor, perturbed: Tensor, metric: Metric) -> LayerMetrics:
+        """The metrics of one layer.
 
-def layer_metrics(clean: Tensor, perturbed: Tensor, metric: Metric) -> LayerMetrics:
-    """The metrics of one layer.
+        Args:
+            clean: pre-activations of the unperturbed images, (n, C, ...).
+            perturbed: those of m copies, (m, n, C, ...).
+            metric: the reading.
+        """
+        clean = clean.reshape(*clean.shape[:2], -1)
+        change = perturbed.reshape(*perturbed.shape[:3], -1) - clean
+        unbiased = change.abs().mean(0) if metric.bias == "mean_abs" else change.mean(0).abs()
+        smooth = change.square().mean(0)
+        ratios = None
+        if metric.aggregate == "mean_of_ratios":
+            ratios = metric.importance(unbiased, smooth, 1).mean(0)
+        still = clean.detach()
+        return cls(unbiased.mean(0), smooth.mean(0), still.square().mean(0), still.abs().mean(0), ratios)
 
-    Args:
-        clean: pre-activations of the unperturbed images, (n, C, ...).
-        perturbed: those of m copies, (m, n, C, ...).
-        metric: the reading.
-    """
-    clean, perturbed = clean.reshape(*clean.shape[:2], -1), perturbed.reshape(*perturbed.shape[:3], -1)
-    change = perturbed - clean
-    channels, neurons = clean.shape[1:]
-    unbiased = change.abs().mean(0) if metric.bias == "mean_abs" else change.mean(0).abs()
-    smooth = change.square().mean(0)
-    u, s = unbiased.mean(0), smooth.mean(0)
-    if metric.granularity == "channel":
-        if metric.aggregate == "ratio_of_means":
-            importance = metric.importance(u.mean(1), s.mean(1), channels)
-        else:
-            importance = metric.importance(unbiased, smooth, channels).mean((0, 2))
-    elif metric.aggregate == "ratio_of_means":
-        importance = metric.importance(u, s, channels * neurons).flatten()
-    else:
-        importance = metric.importance(unbiased, smooth, channels * neurons).mean(0).flatten()
-    still = clean.detach()
-    return LayerMetrics(u, s, still.square().mean(0), still.abs().mean(0), importance)
+    @classmethod
+    def joined(cls, parts: Sequence[LayerMetrics]) -> LayerMetrics:
+        """The neurons of several runs of one layer side by side."""
+        if len(parts) == 1:
+            return parts[0]
+        ratios = [part.ratios for part in parts if part.ratios is not None]
+        return cls(
+            torch.cat([part.unbiased for part in parts], 1),
+            torch.cat([part.smooth for part in parts], 1),
+            torch.cat([part.signal for part in parts], 1),
+            torch.cat([part.magnitude for part in parts], 1),
+            torch.cat(ratios, 1) if ratios else None,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @contextlib.contextmanager
@@ -197,7 +227,7 @@ def sites(model: nn.Module, x: Tensor, layers: Sequence[str]) -> dict[str, str]:
 def observed(
     model: nn.Module, where: Mapping[str, str], start: int, n: int, m: int, metric: Metric
 ) -> Iterator[dict[str, LayerMetrics]]:
-    """Compute the metrics of layers during the forward pass that runs inside: ``with observed(...) as found: model(x)``.
+    """Metrics of layers from the forward pass that runs inside: ``with observed(...) as found: model(x)``.
 
     Args:
         model: the network.
@@ -212,17 +242,16 @@ def observed(
         than once are those of all its runs.
     """
     modules = dict(model.named_modules())
-    changes: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in where}
+    parts: dict[str, list[LayerMetrics]] = {name: [] for name in where}
     result: dict[str, LayerMetrics] = {}
 
     def read(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            # Copies now: an activation in place may overwrite the output right after this hook.
-            clean = output[:n].flatten(2) if output.ndim > 2 else output[:n].unsqueeze(2)
-            copies = output[start : start + m * n]
-            copies = copies.flatten(2) if output.ndim > 2 else copies.unsqueeze(2)
-            change = copies.unflatten(0, (m, n)) - clean
-            changes[name].append((change, clean.detach().clone()))
+            # At once: an activation in place may overwrite the output right after this hook.
+            if isinstance(module, nn.Linear):
+                output = output.movedim(-1, 1)
+            copies = output[start : start + m * n].unflatten(0, (m, n))
+            parts[name].append(LayerMetrics.of(output[:n], copies, metric))
 
         return hook
 
@@ -232,6 +261,63 @@ def observed(
     finally:
         for handle in handles:
             handle.remove()
-    for name, parts in changes.items():
-        change, clean = (torch.cat(side, -1) if len(parts) > 1 else side[0] for side in zip(*parts))
-        result[name] = _from_change(change, clean, metric)
+    result.update({name: LayerMetrics.joined(found) for name, found in parts.items()})
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    p: Perturbation,
+    layers: Sequence[str],
+    *,
+    m: int = 8,
+    sampling: Sampling = "antithetic",
+    metric: Metric | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, LayerMetrics]:
+    """The metrics of a network in eval mode over a data set, mean over its images.
+
+    Args:
+        model: any network; its mode is given back.
+        batches: (x, y) pairs; the targets are not read. The images go to the model's device.
+        p: the perturbation.
+        layers: weight names, for instance ``masks.prunable(model, ("conv",))``.
+        m: copies an image.
+        sampling: "antithetic" or "iid".
+        metric: the reading; None for the default.
+        generator: source of the copies.
+
+    Raises:
+        ValueError: no batch, or images that the perturbation refuses.
+    """
+    metric = Metric() if metric is None else metric
+    device = next(model.parameters()).device
+    training = [module for module in model.modules() if module.training]
+    where: dict[str, str] = {}
+    totals: dict[str, dict[str, Tensor]] = {}
+    count = 0
+    try:
+        for x, _ in batches:
+            x = x.to(device)
+            p.check(x)
+            where = where or sites(model, x[:1], layers)
+            model.eval()
+            copies = draw(p, x, m, sampling, generator)
+            with observed(model, where, len(x), len(x), m, metric) as found:
+                model(torch.cat([x, copies.flatten(0, 1)]))
+            for name, layer in found.items():
+                sums = totals.setdefault(name, {})
+                for field, value in layer.tensors().items():
+                    sums[field] = sums.get(field, torch.zeros_like(value)) + value * len(x)
+            count += len(x)
+    finally:
+        for module in training:
+            module.training = True
+    if not count:
+        raise ValueError("the batches are empty: there is nothing to measure")
+    return {name: LayerMetrics(**_complete(sums, count)) for name, sums in totals.items()}
+
+
+def _complete(sums: Mapping[str, Tensor], count: int) -> dict[str, Any]:
+    return {"ratios": None} | {field: value / count for field, value in sums.items()}

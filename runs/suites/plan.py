@@ -71,7 +71,7 @@ class Plan:
         """Expected seconds of the cells that are not ``done``."""
         skip = set(done)
         left = sum(cost for cell, cost in zip(self.cells, self.costs) if cell not in skip)
-        return left + self.prepare_seconds if left else 0.0
+        return left / self.preset.at_once + self.prepare_seconds if left else 0.0
 
 
 def plan(suite: str, preset: str, selection: Selection) -> Plan:

@@ -9,7 +9,7 @@ from runs.cell import Cell, Data, Network, Perturb, Pruning, Settings, Training,
 
 @dataclass(frozen=True)
 class Schedule:
-    """One kind of training in a block, with its measured cost per epoch on two cores (seconds)."""
+    """One kind of training in a block, with its cost per epoch (seconds)."""
 
     training: Training
     epoch_seconds: float
@@ -32,7 +32,8 @@ class Rule:
 class Block:
     """Every combination of rules, schedules, networks and seeds on one data set.
 
-    ``certify_seconds`` is what certification, attack and measuring cost per cell on two cores.
+    ``certify_seconds`` is what certification, attack and measuring cost per cell, ``prepare_seconds`` what loading or
+    rendering the data costs once.
     """
 
     data: Data
@@ -74,10 +75,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named plan. ``default`` are the data sets that run when none is asked for; ``blocks`` may hold more."""
+    """A named plan.
+
+    ``at_once`` cells run together on its hardware; ``default`` are the data sets that run when none is asked for, and
+    ``blocks`` may hold more.
+    """
 
     name: str
     hardware: str
+    at_once: int
     expectation: str
     blocks: tuple[Block, ...]
     default: tuple[str, ...]
