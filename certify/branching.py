@@ -96,7 +96,11 @@ class Search:
         self.tables = _Tables(exact.lo, exact.hi)
         self.open = _Open()
         self.refresh_every = settings.refresh_every
-        self._refresh_at_once = max(1, 8192 // max(1, 2 * sum(b.undecided for b in net.blocks[1:])))
+        columns = 2 * sum(b.undecided for b in net.blocks[1:])
+        self._refresh_at_once = max(1, 8192 // max(1, columns))
+        # Splits needed below a subproblem from which on tightening it first is cheaper.
+        self._worth = math.log2(max(2.0, columns * settings.refresh_steps / (2 * settings.steps)))
+        import os; self._worth *= float(os.environ.get("WF", 1))
         self._gain = 0.0  # what a split brings, a running mean
         self._decided = math.inf  # smallest bound of a decided subproblem
         self._stuck = 0
@@ -129,14 +133,17 @@ class Search:
     def step(self) -> None:
         """Take the worst subproblems; tighten those that are due and split the others."""
         parents = self.open.pop(max(1, self.settings.columns // 2))
-        parents["theta"] = parents["theta"].to(self.net.lo.dtype)
         unit = parents.pop("unit").long()
-        due = (parents["since"] >= self.refresh_every).nonzero().flatten()[: self._refresh_at_once]
-        if len(due):
-            self._refresh({name: value[due] for name, value in parents.items()})
-            rest = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
-            rest[due] = False
-            parents, unit = {name: value[rest] for name, value in parents.items()}, unit[rest]
+        # Tightening pays where the splits that are still needed would cost more.
+        due = (parents["since"] >= self.refresh_every) & (-parents["lower"] > self._worth * self._gain)
+        if bool(due.any()):
+            now = due.nonzero().flatten()
+            later = now[self._refresh_at_once :]
+            if len(later):
+                self.open.push({name: value[later] for name, value in {**parents, "unit": unit}.items()})
+            now = now[: self._refresh_at_once]
+            self._refresh({name: value[now] for name, value in parents.items()})
+            parents, unit = {name: value[~due] for name, value in parents.items()}, unit[~due]
             if not len(unit) or self._witness is not None:
                 return
         at = torch.arange(len(unit), device=unit.device)
@@ -166,12 +173,10 @@ class Search:
         state["table"] = self.tables.add(lo.t(), hi.t())
         state["since"] = torch.zeros_like(state["since"])
         gain = self._bound(state, self.settings.steps)
-        import os
-        if os.environ.get("DBG"): print("refresh", len(sign[0]), "gain", round(gain,5), "split", round(self._gain,5), "ratio", round(gain/max(1e-9,self._gain),2), "every", self.refresh_every, "depth", int(state["depth"].max()))
-        # Tightening costs as much as many splits: where it brings less than a few, it is done less often.
-        if gain < 2 * self._gain:
+        # Where it brings no more than a single split it is done less often.
+        if gain < self._gain:
             self.refresh_every = min(2 * self.refresh_every, 1 << 20)
-        elif gain > 4 * self._gain:
+        elif gain > 2 * self._gain:
             self.refresh_every = max(2, self.refresh_every - 1)
 
     def _bound(self, state: State, steps: int) -> float:
@@ -189,7 +194,7 @@ class Search:
         weights = state["weights"].t()
         functional, constant = net.start(weights)
         problems = Problems(
-            len(net.blocks) + 1, functional, constant, lines, state["theta"].t().clamp(low, high), low, high,
+            len(net.blocks) + 1, functional, constant, lines, state["theta"].t().to(lo.dtype).clamp(low, high), low, high,
             weights if self.any_row else None,
         )  # fmt: skip
         best = ascend(net, problems, steps, self.margin)

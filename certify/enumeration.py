@@ -20,6 +20,7 @@ from torch import Tensor
 
 from certify.bounds.activations import Clamp, LeakyReLU, ReLU
 from certify.bounds.expectation import Expectation
+from certify.bounds.forward import bend
 from certify.bounds.graph import Graph
 from certify.bounds.op import Affine
 from certify.bounds.pooling import MaxPool2d
@@ -70,6 +71,7 @@ def _smooth(graph: Graph) -> set[int]:
     return found
 
 
+@torch.no_grad()
 def lowest(
     graph: Graph,
     motion: Motion,
@@ -159,9 +161,9 @@ class _Walker:
                     left[i] -= 1
                     if not left[i] and i not in self.border:
                         values.at.pop(i, None)
+            return self._lowest(values)
         except _TooMany:
             return None
-        return self._lowest(values)
 
     def _grain(self, start: Tensor, width: float) -> float:
         """Breakpoints closer than this differ by rounding alone: a few units in the last place of the image."""
@@ -209,8 +211,10 @@ class _Walker:
             if isinstance(op, Expectation):
                 step = at[inputs[0]].diff(dim=0)
                 swing = step.amax(-1, keepdim=True) - step.amin(-1, keepdim=True)
-                # A chord over length 1 is off by at most |y''| / 8, and |y''| <= range(g) range(dz)^2 / 4.
-                slack[index] = op.span() * swing**2 / 32
+                p = torch.softmax(at[inputs[0]][1:], -1)
+                variance = (p * (step - (p * step).sum(-1, keepdim=True)) ** 2).sum(-1, keepdim=True)
+                # A chord over length 1 is off by at most |y''| / 8, and |y''| <= range(g) Var_p(dz).
+                slack[index] = op.span() * bend(swing, variance) / 8
             else:
                 assert isinstance(op, Affine)
                 parts = [slack[i] if i in slack else torch.zeros_like(at[i][1:]) for i in inputs]

@@ -30,9 +30,11 @@ from certify.motion import Motion, Parametric
 from certify.specs import Deviation, Spec, margin, select
 from certify.verdicts import Budget, Status
 
-# What is kept for rounding, relative to the size of the margins: in float32, and in float64.
-SCREEN = 1e-4
-MARGIN = 1e-9
+# What is kept for rounding, relative to the size of the margins: in float32, and in float64. Bounds in float32 were seen
+# to differ from those in float64 by less than 1e-6 of that size. Networks whose outputs themselves differ by more get
+# more: these multiples of the difference that the images as they are show.
+SCREEN, SCREEN_SEEN = 1e-4, 100.0
+MARGIN, MARGIN_SEEN = 1e-9, 1e-6
 
 METHODS = ("auto", "branch", "enumerate")
 
@@ -118,7 +120,7 @@ def verify(
 
     Returns:
         VIOLATED where the model itself fails on `inputs` in a plain forward pass; HOLDS where the smallest margin is
-        proven to exceed `MARGIN` times the size of the margins; UNKNOWN when the truth lies within rounding; TIMEOUT.
+        proven to exceed what is kept for rounding (`MARGIN`); UNKNOWN when the truth lies within that; TIMEOUT.
 
     Raises:
         ValueError: for an unknown method.
@@ -128,7 +130,7 @@ def verify(
         spec = dataclasses.replace(spec, directions=max(spec.directions, DIRECTIONS))
     search = _Search(nets, x, reference, spec, p, budget, method, seed)
     search.stop_at = torch.zeros(len(x), dtype=torch.float64)
-    search.prune_at = MARGIN * search.size
+    search.prune_at = search.margin
     found = search.run()
     status = torch.full((len(x),), Status.UNKNOWN, dtype=torch.int64)
     status[found.timeout] = Status.TIMEOUT
@@ -297,6 +299,12 @@ class _Search:
         rows = spec.rows(reference.double())
         self.rows = _Rows(rows.C, torch.as_tensor(rows.d))
         self.size = margin_size(reference.double(), self.rows.C, self.rows.d)
+        seen = torch.zeros(len(x), dtype=torch.float64)
+        if x.dtype != torch.float64:
+            apart = nets.given.forward(x).double() - nets.double.forward(x.double())
+            seen = (self.rows.C.abs() @ apart.abs().unsqueeze(2)).amax((1, 2)).cpu()
+        self.screen = torch.maximum(SCREEN * self.size, SCREEN_SEEN * seen)
+        self.margin = torch.maximum(MARGIN * self.size, MARGIN_SEEN * seen)
         self._engines: dict[bool, _Engine] = {}
         n = len(x)
         self.stop_at = torch.full((n,), -math.inf, dtype=torch.float64)  # seeing a margin this small ends the search
@@ -309,6 +317,7 @@ class _Search:
         self.seconds = torch.zeros(n, dtype=torch.float64)
         self.forms = torch.zeros(n, dtype=torch.int64)
         self.pieces = torch.zeros(n, dtype=torch.int64)
+        self.listable = enumeration.listable(nets.given)
         self.density: dict[int, float] = {}  # pieces a unit of t, once known
 
     def engine(self, double: bool) -> _Engine:
@@ -452,7 +461,7 @@ class _Search:
         row = (base - sway - radius).argmin(1)
         pick = (torch.arange(len(row), device=row.device), row)
         line = torch.stack([base[pick], sway[pick], radius[pick], *slopes[:, pick[0], row]]).double().cpu()
-        slack = (MARGIN if double else SCREEN) * self.size[part.image]
+        slack = (self.margin if double else self.screen)[part.image]
         bound = line[0] - line[1] - line[2] - (0 if double else slack)
         part = dataclasses.replace(part, bound=torch.maximum(bound, part.bound))
         done = part.bound > self.threshold(part.image)
@@ -512,7 +521,7 @@ class _Search:
     def hand_over(self, i: int, left: _Left, wanted: Tensor) -> Tensor:
         """List the pieces of the sub-intervals where that costs less than cutting on; the indices of the others."""
         everything = torch.arange(len(wanted))
-        if not (self.motion.exact and enumeration.listable(self.engine(self._only_double).graph)):
+        if not (self.motion.exact and self.listable):
             return everything
         part = left.part
         width = (part.hi - part.lo)[:, 0]
@@ -533,7 +542,9 @@ class _Search:
     def enumerate(self, i: int, pending: _Open) -> None:
         """Decide sub-intervals of image i by listing their linear pieces."""
         if not self.motion.exact:
-            raise UnsupportedOperation(f"{self.motion.p.describe()} is not piecewise linear; use method='branch'")
+            raise UnsupportedOperation(f"{self.motion.p.describe()} is not piecewise linear; use branch and bound")
+        if not self.listable:
+            raise UnsupportedOperation("the network is not piecewise linear; use branch and bound")
         for j in range(len(pending)):
             lo, hi = float(pending.lo[j, 0]), float(pending.hi[j, 0])
             double = bool(pending.double[j])
@@ -541,7 +552,7 @@ class _Search:
             left = self.budget.seconds - float(self.seconds[i])
             stop = float(self.stop_at[i]) if self.prune_at is not None else -math.inf
             found = self._list(i, lo, hi, double, stop, left)
-            slack = 0.0 if double else SCREEN * float(self.size[i])
+            slack = 0.0 if double else float(self.screen[i])
             threshold = float(self.threshold(torch.tensor([i])))
             if found.lower - slack <= threshold and not double and not found.timeout:
                 self.look(torch.tensor([i]), torch.tensor([[found.argmin]], dtype=torch.float64))

@@ -16,6 +16,12 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "random": ("Random", "RandomConfig", "train, remove at random, fine-tune"),
     "magnitude": ("Magnitude", "MagnitudeConfig", "LMP: train, remove the smallest weights once, fine-tune"),
     "imp": ("IMP", "IMPConfig", "iterative magnitude pruning with rewinding"),
+    "nrs": ("NRS", "NRSConfig", "iterative pruning with stable ReLUs: IMP or HYDRA with RSLoss or NRSLoss"),
+    "snip": ("SNIP", "SNIPConfig", "iterative pruning by connection sensitivity"),
+    "taylor": ("Taylor", "TaylorConfig", "iterative pruning by first-order change of the loss"),
+    "hydra": ("HYDRA", "HYDRAConfig", "iterative pruning by scores learned on the robust loss"),
+    "slimming": ("Slimming", "SlimmingConfig", "channels with the smallest L1-penalised batch-norm weights"),
+    "structlth": ("StructLTH", "StructLTHConfig", "structured lottery tickets: IMP ranks channels, then refills them"),
     "usn": ("USN", "USNConfig", "channels unstable under semantic perturbations, removed progressively in training"),
 }
 

@@ -216,8 +216,8 @@ class Iterative(abc.ABC, Generic[C]):
             phase = f"round-{index:02d}"
             if index > 0:
                 trained = Trained(
-                    network, rewind.state(), names, mask, config.removed(index), index, groups, full, batches, val, loss,
-                    seed + index, device, where and where.child(f"{phase}-mask"), callbacks,
+                    network, rewind.state(), names, mask, config.removed(index), index, groups, full, batches, val,
+                    loss, seed + index, device, where and where.child(f"{phase}-mask"), callbacks,
                 )  # fmt: skip
                 mask, searched = self.prune(trained)
                 history += searched

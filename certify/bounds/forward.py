@@ -256,18 +256,27 @@ def _places(op: MaxPool2d, v: Form, pick: Tensor) -> list[tuple[Tensor, Tensor, 
     return [(base[:, :, a, b], slopes[..., a, b], radius[:, :, a, b]) for a, b in cuts]
 
 
+def bend(swing: Tensor, variance: Tensor) -> Tensor:
+    """The largest variance of logit changes along a segment, from their range `swing` over the whole segment and their
+    `variance` at one point of it: no weight grows by more than ``exp(swing)``, no variance exceeds ``swing^2 / 4``."""
+    grown = torch.where(swing < 50, torch.exp(swing) * variance, torch.inf)
+    return torch.minimum(swing**2 / 4, grown)
+
+
 def expectation(op: Expectation, v: Form) -> Form:
     """Weighted means over a softmax: a tangent line with a second-order remainder, or the exact range of the box.
 
-    Along any segment of logits of length h and direction d, ``|y''| <= range(g) Var_p(d) <= range(g) range(d)^2 / 4``;
-    the radius of the logits enters through bounds of the first derivative on the whole box.
+    Along a direction d of the logits, ``|y''| <= range(g) Var_p(d)`` (see `bend`); the radius of the logits enters
+    through bounds of the first derivative on the whole box.
     """
     lo, hi = v.interval()
     box_lo, box_hi = op.interval((lo, hi))
     p, y = op.tangent(v.centre[0])
     steps = v.centre[1:]
     slopes = (p * steps) @ op.weight.t() - (p * steps).sum(-1, keepdim=True) * y
-    bent = op.span() * (steps.amax(-1, keepdim=True) - steps.amin(-1, keepdim=True)).sum(0) ** 2 / 8
+    swing = (steps.amax(-1, keepdim=True) - steps.amin(-1, keepdim=True)).sum(0)
+    deviation = ((p * (steps - (p * steps).sum(-1, keepdim=True)) ** 2).sum(-1, keepdim=True)).sqrt().sum(0)
+    bent = op.span() * bend(swing, deviation**2) / 2
     far = torch.maximum(hi - lo, torch.zeros_like(lo)).amax(-1, keepdim=True)
     most = torch.softmax(v.centre[0], -1) * torch.exp(far)  # no weight grows by more than this factor over the box
     bias = 0 if op.bias is None else op.bias

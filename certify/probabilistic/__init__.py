@@ -21,7 +21,8 @@ from certify.probabilistic.bounds import (
 )
 from certify.probabilistic.cccert import CCCert, cc_cert, discrepancy, half_margin
 from certify.probabilistic.pca import McNemar, Share, mcnemar, pca
-from certify.probabilistic.sampling import BOUNDS, Throughput, estimate, exhaust, throughput
+from certify.probabilistic.sampling import BOUNDS, estimate, exhaust
+from certify.probabilistic.speed import Throughput, throughput
 from certify.probabilistic.transforms import Transform, Uniform
 from certify.probabilistic.verdict import Estimate, join
 

@@ -10,7 +10,7 @@ clopper-pearson        on a flip too many   2,995 draws: exact, the smallest pos
 betting                any time             3,263: the wealth of a bettor, so looking at the data often is free
 empirical-bernstein    on a flip too many   8,609
 hoeffding              on a flip too many   1,497,867: ignores that flips are rare
-split-chernoff         no                   25 million at best: the price of making CC-Cert's idea valid
+split-chernoff         no                   26 million at best: the price of making CC-Cert's idea valid
 =====================  ===================  =====================================================================
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from certify.perturbations import Perturbation
 from certify.probabilistic import bounds, transforms
 from certify.probabilistic.cccert import WHY, CCCert, cc_cert
-from certify.probabilistic.transforms import PerImage, Transform, Uniform
+from certify.probabilistic.transforms import Transform, Uniform
 from certify.probabilistic.verdict import Estimate
 
 BOUNDS = (*bounds.VALID, "cccert")
@@ -144,13 +144,13 @@ def estimate(
             probabilities=reading == "probabilities",
         )
         hashes = [transforms.hash_image(image) for image in x]
-        probed = transforms.probe(_for_image(source, 0), x[0], generator, seed)
+        probed = transforms.probe(transforms.for_image(source, 0), x[0], generator, seed)
         samples, uppers, seconds = [], [], []
         for i, image in enumerate(x):
             start = time.perf_counter()
             sample = _sample(
                 model,
-                _for_image(source, i),
+                transforms.for_image(source, i),
                 image,
                 y[i],
                 clean[i],
@@ -209,7 +209,7 @@ def exhaust(
         law: how the versions came about, for the record.
 
     Returns:
-        An `Estimate` with population "finite set", confidence 1, and `upper` the share itself.
+        An `Estimate` with population "finite set", confidence 1, and `upper` the share itself; no seed is used.
 
     Raises:
         ValueError: for bad images or labels, no versions, or versions of another shape or outside [0, 1].
@@ -226,7 +226,10 @@ def exhaust(
             if version.shape != x.shape:
                 raise ValueError(f"version {members} is {tuple(version.shape)}, the images are {tuple(x.shape)}")
             _check_pixels(version, f"version {members}")
-            flips += model(version).argmax(1) != y
+            out = model(version)
+            if not bool(torch.isfinite(out).all()):
+                raise ValueError(f"the model's outputs hold NaN or infinity for version {members}; check its weights")
+            flips += out.argmax(1) != y
             digest.update(transforms.hash_image(version).encode())
             members += 1
     if not members:
@@ -245,7 +248,7 @@ def exhaust(
         seconds=torch.full((len(x),), (time.perf_counter() - start) / len(x), dtype=torch.float64),
         eps=eps,
         confidence=1.0,
-        joint=len(x),
+        joint=None,
         bound="enumeration",
         valid=True,
         why=f"all {members} members of the finite set were classified; says nothing of images outside it",
@@ -253,76 +256,11 @@ def exhaust(
         population="finite set",
         outputs=_reading(clean, "auto"),
         seed=0,
-        batch=len(x),
+        batch=1,
         n_max=members,
         images=identity,
         fingerprint=digest.hexdigest(),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Throughput:
-    """Images a second: `sampling` in `estimate`, `inference` by the plain model, `transform` by the transform alone."""
-
-    sampling: float
-    inference: float
-    transform: float
-
-    @property
-    def ratio(self) -> float:
-        """Sampling against plain inference; 1 means that transforming, counting and stopping cost nothing."""
-        return self.sampling / self.inference
-
-    @property
-    def ratio_without_transform(self) -> float:
-        """The same with the transform's own time taken out: what this package's machinery costs."""
-        return self.sampling / (1 / (1 / self.inference + 1 / self.transform))
-
-
-def throughput(
-    model: nn.Module,
-    x: Tensor,
-    transform: Transform | Perturbation,
-    *,
-    n: int = 2995,
-    batch: int = 256,
-    repeats: int = 5,
-) -> Throughput:
-    """Measure `estimate` on one image against the plain model and the transform on batches of the same size.
-
-    The three are timed in turn `repeats` times and the fastest of each counts, which is what a busy machine disturbs
-    least. `x` is (1, C, H, W).
-    """
-    with torch.no_grad():
-        y = model(x[:1]).argmax(1)
-        source: Transform = Uniform(transform, x[:1]) if isinstance(transform, Perturbation) else transform
-        one = _for_image(source, 0)
-        generator = torch.Generator(device=x.device).manual_seed(0)
-        sizes = [min(batch, n - at) for at in range(0, n, batch)]
-        rows = x[:1].expand(batch, *x.shape[1:])
-        drawn = one(rows, generator=generator)
-
-        def sample() -> float:
-            return float(
-                estimate(model, x[:1], y, source, eps=0.5, n_max=n, batch=batch, early_stop=False).seconds.sum()
-            )
-
-        def plain(call: Callable[[Tensor], Tensor], given: Tensor) -> float:
-            start = time.perf_counter()
-            for size in sizes:
-                last = call(given[:size])
-            last.sum().item()  # waits for the device
-            return time.perf_counter() - start
-
-        best = [float("inf")] * 3
-        for _ in range(repeats):
-            times = (
-                sample(),
-                plain(model, drawn),
-                plain(lambda given: one(given, generator=generator), rows),
-            )
-            best = [min(a, b) for a, b in zip(best, times)]
-    return Throughput(*(n / seconds for seconds in best))
 
 
 def _sample(
@@ -388,10 +326,6 @@ def _upper(sample: _Sample, clean: Tensor, plan: _Plan, settings: CCCert) -> flo
 
 def _probabilities(out: Tensor, plan: _Plan) -> Tensor:
     return out if plan.probabilities or not plan.keep else out.softmax(-1)
-
-
-def _for_image(transform: Transform, i: int) -> Transform:
-    return transform.for_image(i) if isinstance(transform, PerImage) else transform
 
 
 def _draws(eps: float, confidence: float, bound: str, n_max: int | None, images: int, settings: CCCert) -> int:

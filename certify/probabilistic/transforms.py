@@ -56,6 +56,11 @@ class Uniform:
         return one
 
 
+def for_image(transform: Transform, i: int) -> Transform:
+    """The transform for image `i`: the same one, unless it is a `PerImage`."""
+    return transform.for_image(i) if isinstance(transform, PerImage) else transform
+
+
 def name_of(transform: Transform) -> str:
     """The qualified name of a transform: of the function, or of the class of an object."""
     target = transform if inspect.isroutine(transform) else type(transform)

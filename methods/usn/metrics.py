@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
@@ -123,13 +124,23 @@ class LayerMetrics:
         """
         clean = clean.reshape(*clean.shape[:2], -1)
         change = perturbed.reshape(*perturbed.shape[:3], -1) - clean
+        still = clean.detach()
         unbiased = change.abs().mean(0) if metric.bias == "mean_abs" else change.mean(0).abs()
         smooth = change.square().mean(0)
         ratios = None
         if metric.aggregate == "mean_of_ratios":
             ratios = metric.importance(unbiased, smooth, 1).mean(0)
-        still = clean.detach()
         return cls(unbiased.mean(0), smooth.mean(0), still.square().mean(0), still.abs().mean(0), ratios)
+
+    @classmethod
+    def read(cls, output: Tensor, start: int, n: int, m: int, metric: Metric) -> LayerMetrics:
+        """The metrics from the output (B, C, ...) of a layer for a whole batch laid out as in `observed`."""
+        if metric.bias == "abs_mean" or metric.aggregate == "mean_of_ratios":
+            return cls.of(output[:n], output[start : start + m * n].unflatten(0, (m, n)), metric)
+        unbiased, smooth = _MeanChange.apply(output, start, n, m)
+        still = output[:n].detach()
+        parts = (unbiased, smooth, still.square().mean(0), still.abs().mean(0))
+        return cls(*(part.reshape(len(part), -1) for part in parts), None)
 
     @classmethod
     def joined(cls, parts: Sequence[LayerMetrics]) -> LayerMetrics:
@@ -149,6 +160,45 @@ class LayerMetrics:
         """The fields that are there, by name."""
         named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: value for name, value in named.items() if value is not None}
+
+
+class _MeanChange(torch.autograd.Function):
+    """E|D| and E D^2 of each neuron over images and copies, from a layer's output for the whole batch.
+
+    Equal to the same arithmetic on slices, at a third of its cost: one copy at a time, and a gradient written in place,
+    where slices would make a dozen temporaries of the size of all copies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, start: int, n: int, m: int) -> tuple[Tensor, Tensor]:
+        clean = output[:n]
+        unbiased, smooth = torch.zeros_like(clean[0]), torch.zeros_like(clean[0])
+        # The output itself cannot be kept for the gradient: an activation in place may overwrite it.
+        change = torch.empty_like(output[start : start + m * n]) if ctx.needs_input_grad[0] else None
+        for k in range(m):
+            rows = slice(start + k * n, start + (k + 1) * n)
+            part = None if change is None else change[k * n : (k + 1) * n]
+            part = torch.sub(output[rows], clean, out=part)
+            unbiased += part.abs().sum(0)
+            smooth += part.square().sum(0)
+        if change is not None:
+            ctx.save_for_backward(change)
+        ctx.layout = (start, n, m, output.shape)
+        return unbiased / (m * n), smooth / (m * n)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (change,) = ctx.saved_tensors
+        start, n, m, shape = ctx.layout
+        unbiased, smooth = (g / (m * n) for g in gradients)
+        result = change.new_zeros(shape)
+        for k in range(m):
+            part, rows = change[k * n : (k + 1) * n], result[start + k * n : start + (k + 1) * n]
+            torch.sign(part, out=rows)
+            rows.mul_(unbiased).addcmul_(part, smooth, value=2.0)
+            result[:n] -= rows
+        return result, None, None, None
 
 
 @contextlib.contextmanager
@@ -250,8 +300,7 @@ def observed(
             # At once: an activation in place may overwrite the output right after this hook.
             if isinstance(module, nn.Linear):
                 output = output.movedim(-1, 1)
-            copies = output[start : start + m * n].unflatten(0, (m, n))
-            parts[name].append(LayerMetrics.of(output[:n], copies, metric))
+            parts[name].append(LayerMetrics.read(output, start, n, m, metric))
 
         return hook
 

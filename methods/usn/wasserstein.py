@@ -81,7 +81,7 @@ def _between_weights(a: Tensor, b: Tensor) -> Tensor:
     import ot
 
     total, other = a.sum(), b.sum()
-    if not (float(total) > 0 and float(other) > 0):
+    if not (float(total.detach()) > 0 and float(other) > 0):
         return 0.0 * total
     places = torch.arange(len(a), dtype=torch.float64) / len(a)
     weights = (a / total).cpu().double()

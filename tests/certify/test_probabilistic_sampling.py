@@ -225,6 +225,8 @@ def test_a_finite_set_is_enumerated():
     assert cert.confidence == 1
     assert cert.certified.tolist() == [True, True, False, True, False]
     assert certify.pca(cert).truly == pytest.approx(0.6)
+    halves = [certify.exhaust(NET, X[s], Y[s], [X[s] + t for t in steps], eps=0.05) for s in (slice(0, 2), slice(2, 5))]
+    assert torch.equal(join(halves).upper, cert.upper)
     with pytest.raises(ValueError, match="at least one version"):
         certify.exhaust(NET, X, Y, [])
     with pytest.raises(ValueError, match="version 0 is"):

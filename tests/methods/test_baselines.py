@@ -20,8 +20,11 @@ from methods.dense import Dense, DenseConfig
 from methods.imp import IMP, IMPConfig
 from methods.magnitude import Magnitude, MagnitudeConfig
 from methods.masks import Mask
+from methods.nrs import NRSConfig
 from methods.outcome import Outcome
 from methods.random import Random, RandomConfig
+from methods.snip import SNIPConfig
+from methods.taylor import TaylorConfig
 from methods.training import IBP, Checkpoint, EpochRecord, Natural, TrainingConfig, train
 
 KINDS = {
@@ -29,6 +32,9 @@ KINDS = {
     "random": RandomConfig(ratio=0.5, epochs=1, finetune_epochs=1, training=FAST),
     "magnitude": MagnitudeConfig(ratio=0.5, epochs=1, finetune_epochs=1, training=FAST),
     "imp": IMPConfig(ratio=0.5, epochs=1, rounds=2, training=FAST, layers=("conv", "linear")),
+    "nrs": NRSConfig(ratio=0.5, epochs=1, rounds=2, training=FAST, layers=("conv", "linear"), eps=0.01),
+    "snip": SNIPConfig(ratio=0.5, epochs=1, rounds=2, training=FAST, layers=("conv", "linear")),
+    "taylor": TaylorConfig(ratio=0.5, epochs=1, rounds=2, training=FAST, layers=("conv", "linear")),
 }
 
 
@@ -37,7 +43,7 @@ class Killed(Exception):
 
 
 # --- what every method keeps to ------------------------------------------------------------
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("structured", [False, True])
 def test_every_method_keeps_the_protocol(name, structured):
     method, config_class = methods.get(name)
@@ -61,7 +67,7 @@ def test_every_method_keeps_the_protocol(name, structured):
     assert outcome.mask.structured is structured
     assert torch.isfinite(outcome.model(batches[0][0])).all()
     assert torch.equal(outcome.model.head.bias, before.head.bias)
-    assert outcome.history.epochs == {"dense": 2, "random": 2, "magnitude": 2, "imp": 3}[name]
+    assert outcome.history.epochs == {"dense": 2, "random": 2, "magnitude": 2}.get(name, 3)
     json.dumps(outcome.history.to_dicts())
     # The fraction is exact: over weights, or over coupled channels (8 + 6 + 4).
     if structured:
@@ -76,7 +82,7 @@ def test_every_method_keeps_the_protocol(name, structured):
         assert outcome.mask.total - outcome.mask.kept == (0 if name == "dense" else round(0.5 * outcome.mask.total))
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", KINDS)
 def test_a_seed_fixes_everything(name):
     method, _ = methods.get(name)
     one, two, other = (method(KINDS[name]).fit(mlp(dropout=0.3), Shuffled(*points()), seed=seed) for seed in (1, 1, 2))
@@ -86,7 +92,7 @@ def test_a_seed_fixes_everything(name):
     assert not same_state(one.model, other.model)
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("kill_at", [1, 2])
 def test_a_killed_fit_goes_on_to_the_same_numbers(name, kill_at, tmp_path):
     method, _ = methods.get(name)
@@ -109,7 +115,7 @@ def test_a_killed_fit_goes_on_to_the_same_numbers(name, kill_at, tmp_path):
     assert resumed.history == expected.history
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", KINDS)
 def test_every_method_learns(name):
     method, _ = methods.get(name)
     config = dataclasses.replace(KINDS[name], epochs=8)
@@ -317,8 +323,11 @@ def test_bad_settings_are_refused(changes, words):
 
 # --- the package ------------------------------------------------------------
 def test_the_registry():
-    assert methods.names() == ("dense", "random", "magnitude", "imp")
+    assert set(KINDS) <= set(methods.names())
     assert methods.describe().keys() == set(methods.names())
+    for name in methods.names():
+        method, config = methods.get(name)
+        assert isinstance(method().config, config)
     assert methods.get("imp") == (IMP, IMPConfig)
     assert methods.get("random") == (Random, RandomConfig)
     with pytest.raises(KeyError, match="did you mean magnitude"):

@@ -141,6 +141,27 @@ def test_every_reading_of_the_importance(bias, ratio):
         torch.testing.assert_close(layer.channel_importance(metric), per_channel.float(), rtol=1e-4, atol=1e-6)
 
 
+def test_reading_a_batch_in_place_gives_the_metrics_and_their_gradients():
+    """The pass over whole outputs against slices and autograd; rows that are no copies get no gradient."""
+    output = torch.randn(3 + 2 + 8 + 1, 4, 5, 2, dtype=torch.float64, generator=generator())
+    output[6] = output[1]  # no change: the sign of 0
+    for neurons in (output, output.flatten(2)[..., 0]):
+        found = []
+        for read in (True, False):
+            rows = neurons.clone().requires_grad_(True)
+            if read:
+                layer = LayerMetrics.read(rows, 5, 2, 4, Metric())
+            else:
+                layer = LayerMetrics.of(rows[:2], rows[5:13].unflatten(0, (4, 2)), Metric())
+            total = (layer.importance(Metric()).square().sum() + 2 * layer.unbiased.mean() + 3 * layer.smooth).sum()
+            (gradient,) = torch.autograd.grad(total, rows)
+            found.append((layer, gradient))
+        for name, value in found[0][0].tensors().items():
+            torch.testing.assert_close(value, found[1][0].tensors()[name], msg=name)
+        torch.testing.assert_close(found[0][1], found[1][1])
+        assert not found[0][1][[2, 3, 4, 13]].any()
+
+
 def test_the_squared_ratio_says_nothing_about_linear_neurons():
     """Uniform draws on [-w, w]: E D^2 / (E|D|)^2 = (w^2 / 3) / (w / 2)^2 = 4/3, whatever w."""
     w = torch.tensor([0.1, 1.0, 30.0])

@@ -170,6 +170,7 @@ def test_a_torn_batch_is_certified_again_as_a_whole(
     ]
 
 
+@pytest.mark.slow
 def test_real_kill_9_of_the_command_and_resume(tmp_path: Path) -> None:
     arguments = ["--preset", "smoke", "--limit", "2", "--threads", "1", "--engine", "serial", "--export"]
     command = [sys.executable, "-m", "runs.compare", *arguments, "--results"]
