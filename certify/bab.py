@@ -99,9 +99,9 @@ def verify(
         settings: how to search.
 
     Returns:
-        HOLDS: proven. VIOLATED: `counterexample` is in the perturbation set and the model fails on it in a plain forward
-        pass. TIMEOUT: the budget ran out. UNKNOWN: parts of the input whose smallest margin is 0 up to rounding, or a
-        network that no splitting here applies to.
+        HOLDS: proven. VIOLATED: `counterexample` is in the perturbation set and the model fails on it in a plain
+        forward pass. TIMEOUT: the budget (seconds or memory) ran out. UNKNOWN: parts of the input whose smallest margin
+        is 0 up to rounding, or a network that no splitting here applies to.
 
     Raises:
         ValueError: for a batch, bad images or shapes, or a model in training mode.
@@ -111,7 +111,9 @@ def verify(
     if len(x) != 1:
         raise ValueError(f"branch and bound takes one image at a time, got a batch of {len(x)}")
     if model.training:
-        raise ValueError("the model is in training mode, where its answer depends on the batch; call model.eval() first")
+        raise ValueError(
+            "the model is in training mode, where its answer depends on the batch; call model.eval() first"
+        )
     p.check(x)
     with torch.no_grad():
         outputs = model(x)
@@ -214,9 +216,7 @@ class _Run:
         self.work = {"domains": found.domains, "depth": found.depth}
         return self._conclude(lower, found.lower, found.left, found.stuck, found.witness)
 
-    def _split_relus(
-        self, graph: Graph, region: Region, found: list[Interval], rows: Tensor, lower: float
-    ) -> Verdict:
+    def _split_relus(self, graph: Graph, region: Region, found: list[Interval], rows: Tensor, lower: float) -> Verdict:
         relus = relu_form(graph, intervals(graph, region))
         if len(relus.nodes) != len(graph.nodes):
             found = crown_intervals(relus, region, self.budget.memory // 4)

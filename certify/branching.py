@@ -100,7 +100,9 @@ class Search:
         self._refresh_at_once = max(1, 8192 // max(1, columns))
         # Splits needed below a subproblem from which on tightening it first is cheaper.
         self._worth = math.log2(max(2.0, columns * settings.refresh_steps / (2 * settings.steps)))
-        import os; self._worth *= float(os.environ.get("WF", 1))
+        import os
+
+        self._worth *= float(os.environ.get("WF", 1))
         self._gain = 0.0  # what a split brings, a running mean
         self._decided = math.inf  # smallest bound of a decided subproblem
         self._stuck = 0
@@ -193,23 +195,28 @@ class Search:
         low, high = limits(lines, sign)
         weights = state["weights"].t()
         functional, constant = net.start(weights)
-        problems = Problems(
-            len(net.blocks) + 1, functional, constant, lines, state["theta"].t().to(lo.dtype).clamp(low, high), low, high,
-            weights if self.any_row else None,
-        )  # fmt: skip
+        theta = state["theta"].t().to(lo.dtype).clamp(low, high)
+        mixed = weights if self.any_row else None
+        problems = Problems(len(net.blocks) + 1, functional, constant, lines, theta, low, high, mixed)
         best = ascend(net, problems, steps, self.margin)
         self.tally.domains += len(constant)
         self.tally.depth = max(self.tally.depth, int(state["depth"].max()))
         if best.weights is not None:
             state["weights"] = best.weights.t()
         lower = torch.maximum(best.lower, state["lower"])
-        gain = float((lower.clamp(max=0) - state["lower"].clamp(max=0)).mean()) if bool(
-            (state["lower"] > -math.inf).all()
-        ) else 0.0
+        gain = (
+            float((lower.clamp(max=0) - state["lower"].clamp(max=0)).mean())
+            if bool((state["lower"] > -math.inf).all())
+            else 0.0
+        )
         passed = (best.lower > self.margin).nonzero().flatten()
         if len(passed):
             bound = self._confirm(
-                exact_lo[:, passed], exact_hi[:, passed], sign[:, passed], best.theta[:, passed], state["weights"][passed]
+                exact_lo[:, passed],
+                exact_hi[:, passed],
+                sign[:, passed],
+                best.theta[:, passed],
+                state["weights"][passed],
             )
             sure = bound > self.margin
             self._decided = min(self._decided, float(torch.where(sure, bound, math.inf).min()))

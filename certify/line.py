@@ -30,9 +30,9 @@ from certify.motion import Motion, Parametric
 from certify.specs import Deviation, Spec, margin, select
 from certify.verdicts import Budget, Status
 
-# What is kept for rounding, relative to the size of the margins: in float32, and in float64. Bounds in float32 were seen
-# to differ from those in float64 by less than 1e-6 of that size. Networks whose outputs themselves differ by more get
-# more: these multiples of the difference that the images as they are show.
+# What is kept for rounding, relative to the size of the margins: in float32, and in float64. Bounds in float32 were
+# seen to differ from those in float64 by less than 1e-6 of that size. Networks whose outputs themselves differ by more
+# get more: these multiples of the difference that the images as they are show.
 SCREEN, SCREEN_SEEN = 1e-4, 100.0
 MARGIN, MARGIN_SEEN = 1e-9, 1e-6
 
@@ -413,6 +413,7 @@ class _Search:
     def settle(self, i: int, left: _Left) -> None:
         """Work on one image until it is decided."""
         tangent = False
+        affordable = self.engine(self._only_double).tangent_bytes() <= self.budget.memory
         while len(left.part):
             if self.upper[i] <= self.stop_at[i]:
                 return
@@ -425,7 +426,7 @@ class _Search:
                 stay = self.hand_over(i, left, wanted)
                 left, wanted = left.pick(stay), wanted[stay]
             # One backward pass for the tangent costs about as much as this many sub-intervals.
-            switch = not tangent and float(wanted.sum()) > 24
+            switch = not tangent and float(wanted.sum()) > 24 and affordable
             tangent = tangent or switch
             left = self.step(self.split(left, wanted.clamp(max=2) if switch else wanted), tangent)
 

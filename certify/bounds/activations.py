@@ -84,7 +84,7 @@ class Clamp(Monotone):
         slope = torch.where(identity, one, zero)
         bias = torch.where(identity, zero, f_lo)
 
-        # Upper line: from (lo, f(lo)) to where the function last rises, or the constant f(hi) when that is smaller in area.
+        # Upper line: from (lo, f(lo)) to where the function last rises, or the constant f(hi) where that is closer.
         reach = torch.where(above, torch.full_like(hi, self.high), hi) if math.isfinite(self.high) else hi
         rise = (f_hi - f_lo) / torch.where(below, reach - lo, one)
         # Over the concave end alone, the identity and the constant `high` are both above; keep the one that is closer.

@@ -113,7 +113,7 @@ class Scale(Affine):
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
         if self.scale is None:
             return (c,)
-        c = c.dense() if isinstance(c, Neurons) else c
+        c = c.spread() if isinstance(c, Neurons) else c
         return (c.replace(c.data * c.constant(self.scale)),)
 
     def offset(self, c: Coefficients) -> Tensor | None:
@@ -208,7 +208,9 @@ class Add(Affine):
         return (a + c, b + d) if self.sign == 1 else (a - d, b - c)
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        if self.shapes[0] != self.shapes[1] or isinstance(c, Neurons):
+        if isinstance(c, Neurons):
+            c = c.spread()
+        if self.shapes[0] != self.shapes[1]:
             c = c.dense()
         first = (
             c
@@ -248,7 +250,9 @@ class Cat(Affine):
         return torch.cat([lo for lo, _ in inputs], self.axis), torch.cat([hi for _, hi in inputs], self.axis)
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        if self.axis != 1 or isinstance(c, Neurons):
+        if isinstance(c, Neurons):
+            c = c.spread()
+        if self.axis != 1:
             c = c.dense()
         return tuple(c.replace(part) for part in c.data.split(self.sizes, self.axis + 1))
 

@@ -1,4 +1,4 @@
-"""Dual ascent on the bounds of a `ReluNet`: slopes of undecided units and multipliers of split units, many problems at once."""
+"""Dual ascent on the bounds of a `ReluNet`: slopes of undecided units, multipliers of split ones, many at once."""
 
 from __future__ import annotations
 

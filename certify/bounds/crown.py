@@ -22,6 +22,7 @@ from certify.bounds.windows import Maps, Neurons
 Lines = dict[int, Relaxation | PoolRelaxation]
 # An adjustment of the functionals at a node, such as the multipliers of split constraints in beta-CROWN.
 Adjust = Callable[[int, Coefficients], Coefficients]
+Settle = Callable[[int, Coefficients, Tensor], Tensor | None]
 
 
 def relaxations(graph: Graph, found: list[Interval], upto: int | None = None) -> Lines:
@@ -52,9 +53,18 @@ def backward(
 
 
 def linear_bound(
-    graph: Graph, found: list[Interval], lines: Lines, start: int, c: Coefficients, adjust: Adjust | None = None
+    graph: Graph,
+    found: list[Interval],
+    lines: Lines,
+    start: int,
+    c: Coefficients,
+    adjust: Adjust | None = None,
+    settle: Settle | None = None,
 ) -> tuple[Tensor, Coefficients | None]:
-    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together."""
+    """A constant and functionals of the network's input that bound `c` (of node `start`) from below together.
+
+    `settle` is asked wherever all functionals meet at an activation's input; it may return the entries to go on with.
+    """
     pending: dict[int, Coefficients] = {start: c}
     total = c.data.new_zeros(c.lead)
     while pending:
@@ -86,13 +96,21 @@ def linear_bound(
             parts = ()
         for i, part in zip(node.inputs, parts):
             pending[i] = pending[i].plus(part) if i in pending else part
+        if settle is not None and len(pending) == 1 and isinstance(node.op, Activation):
+            ((at, c),) = pending.items()
+            left = settle(at, c, total)
+            if left is not None:
+                total, pending = total[left], {at: c.keep(left)}
+                if not len(left):
+                    return total, None
     return total, None
 
 
-def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28) -> list[Interval]:
+def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28, intersect: bool = True) -> list[Interval]:
     """Intervals for every node, tightened by CROWN wherever an activation is unstable on its interval.
 
-    Only those neurons are bounded, each image's own, in chunks whose working tensors stay near `memory` bytes.
+    Only those neurons are bounded, each image's own, in chunks whose working tensors stay near `memory` bytes. Where an
+    interval was tighter than CROWN's, it stays, unless `intersect` is off (as in auto-LiRPA).
     """
     found: list[Interval] = [(region.lo, region.hi)]
     lines: Lines = {}
@@ -106,7 +124,7 @@ def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28) -> list
         elif any(graph.nodes[i].op is not None for i in graph.nodes[index].inputs):
             where = undecided(graph, readers, index, found[index])
             if where is not None:
-                found[index] = _tighten(graph, region, found, lines, index, where, memory)
+                found[index] = _tighten(graph, region, found, lines, index, where, memory, intersect)
     return found
 
 
@@ -131,7 +149,14 @@ def undecided(graph: Graph, readers: list[list[int]], index: int, interval: Inte
 
 
 def _tighten(
-    graph: Graph, region: Region, found: list[Interval], lines: Lines, index: int, where: Tensor, memory: int
+    graph: Graph,
+    region: Region,
+    found: list[Interval],
+    lines: Lines,
+    index: int,
+    where: Tensor,
+    memory: int,
+    intersect: bool,
 ) -> Interval:
     lo, hi = found[index]
     image, entry = where.flatten(1).nonzero(as_tuple=True)
@@ -140,18 +165,60 @@ def _tighten(
     widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: index + 1])
     chunk = max(1, memory // (16 * lo.element_size() * widest))
     lower, upper = [], []
-    maps = Maps()
+    maps, shortcut = Maps(), _Shortcut(found)
     for at in range(0, len(image), chunk):
         part = slice(at, at + chunk)
         start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype, maps)
-        ends = backward(graph, region, found, lines, index, start)
+        ends = shortcut.backward(graph, region, lines, index, start)
         lower.append(ends[:, 0])
         upper.append(-ends[:, 1])
     flat = image * where[0].numel() + entry
-    new_lo = lo.flatten().index_put((flat,), torch.maximum(lo.flatten()[flat], torch.cat(lower))).reshape(lo.shape)
-    new_hi = hi.flatten().index_put((flat,), torch.minimum(hi.flatten()[flat], torch.cat(upper))).reshape(hi.shape)
+    below, above = torch.cat(lower), torch.cat(upper)
+    if intersect:
+        below, above = torch.maximum(lo.flatten()[flat], below), torch.minimum(hi.flatten()[flat], above)
+    new_lo = lo.flatten().index_put((flat,), below).reshape(lo.shape)
+    new_hi = hi.flatten().index_put((flat,), above).reshape(hi.shape)
     # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
+
+
+class _Shortcut:
+    """Backward passes that stop early for neurons whose sign is settled on the way (GPUPoly, Mueller et al., 2021).
+
+    At the input of an activation tight intervals are known, so the functionals that have come this far give bounds
+    already. The first chunk of neurons is looked at everywhere; later ones only where that settled some.
+    """
+
+    def __init__(self, found: list[Interval]) -> None:
+        self.found = found
+        self._regions: dict[int, Region] = {}
+        self._pays: dict[int, bool] = {}
+
+    def backward(self, graph: Graph, region: Region, lines: Lines, index: int, start: Coefficients) -> Tensor:
+        """Lower bounds of each neuron and of its negative (A, 2)."""
+        best = start.data.new_full(start.lead, -torch.inf)
+        alive = torch.arange(len(best), device=best.device)
+
+        def settle(at: int, c: Coefficients, constant: Tensor) -> Tensor | None:
+            nonlocal alive
+            if not self._pays.get(at, True):
+                return None
+            if at not in self._regions:
+                self._regions[at] = Region(*self.found[at])
+            bound = constant + self._regions[at].lower(c)
+            left = (bound <= 0).all(1).nonzero().squeeze(1)
+            self._pays[at] = len(left) < 0.8 * len(alive)
+            if not self._pays[at]:
+                return None
+            best[alive] = bound
+            alive = alive[left]
+            return left
+
+        total, at_input = linear_bound(graph, self.found, lines, index, start, settle=settle)
+        if at_input is not None:
+            total = total + region.lower(at_input)
+        best[alive] = total
+        return best
 
 
 def crown_rows(graph: Graph, region: Region, found: list[Interval], C: Tensor, memory: int = 1 << 28) -> Tensor:

@@ -26,7 +26,7 @@ class Coefficients:
     """Linear functionals ``sum_j data_j v_j`` of one node's values, many at once, dense over the node's shape.
 
     `data` is (A, R, *shape): R functionals for each of A entries. Two layouts. *Uniform* (`image` is None): the entries
-    are the images. *Indexed*: entry a belongs to image ``image[a]``; this is how only the unstable neurons of each image
+    are the images. *Indexed*: entry a belongs to image ``image[a]``; this is how only each image's unstable neurons
     are bounded, from both sides (R = 2), at a cost linear in their number.
     """
 
@@ -55,6 +55,11 @@ class Coefficients:
     def replace(self, data: Tensor, inside: bool = False) -> Coefficients:
         """The same rows with other numbers; `inside` promises that they are zero outside the node (windows only)."""
         return Coefficients(data, self.image, self.rank)
+
+    def keep(self, entries: Tensor) -> Coefficients:
+        """The functionals of some entries, by index; indexed layout only."""
+        assert self.image is not None
+        return Coefficients(self.data[entries], self.image[entries], self.rank)
 
     def gather(self, value: Tensor) -> Tensor:
         """`value` (N, *shape), or (A, R, *shape) as it is, lined up with `data` for elementwise work."""
@@ -95,7 +100,7 @@ def inner(rows: Tensor, value: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Relaxation:
-    """Two lines around an elementwise function on an interval: ``slope_lo v + bias_lo <= f(v) <= slope_hi v + bias_hi``.
+    """Two lines around a function on an interval: ``slope_lo v + bias_lo <= f(v) <= slope_hi v + bias_hi``.
 
     Each tensor is (N, *shape), or (A, R, *shape) where rows have lines of their own; a bias that is None is zero.
     """

@@ -1,9 +1,9 @@
 """A ReLU network on one input region, cut down to the units that matter there and stored as matrices between them.
 
 On a given region most ReLUs are decided: units that are off vanish, units that are on are linear. What is left, the
-*live* units of every ReLU and the affine maps between them, is small: dense matrices for fully connected layers, sparse
-ones for convolutions. Branch and bound evaluates hundreds of thousands of bounds on one region, so it pays to build this
-once. Columns are problems: values of the units of a layer are (units, B).
+*live* units of every ReLU and the affine maps between them, is small: dense matrices for fully connected layers,
+sparse ones for convolutions. Branch and bound evaluates hundreds of thousands of bounds on one region, so it pays to
+build this once. Columns are problems: values of the units of a layer are (units, B).
 
 A linear functional of the outputs is bounded from below as in CROWN: carried backward, every undecided ReLU replaced by
 the line on the right side of it. Each unit has one parameter `theta`: the slope of its lower line while it is undecided
@@ -214,7 +214,7 @@ class ReluNet:
         """Bound functionals of the values of blocks below `upto` from below over the region.
 
         Returns:
-            The bounds (B,), the coefficients (U', B) of the undecided units' outputs, the minimising inputs (inputs, B).
+            Bounds (B,), coefficients (U', B) of the undecided units' outputs, the minimising inputs (inputs, B).
         """
         functional = dict(functional)
         width = len(constant)

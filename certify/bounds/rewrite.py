@@ -1,6 +1,7 @@
-"""Piecewise-linear operations written as ReLUs and affine maps: the same function, a graph with one kind of nonlinearity.
+"""Piecewise-linear operations written as ReLUs and affine maps: the same function with one kind of nonlinearity.
 
-Branch and bound and mixed-integer programs then need to know ReLU alone, and splitting ReLUs decides every such network.
+Branch and bound and mixed-integer programs then need to know ReLU alone, and splitting ReLUs decides every such
+network.
 """
 
 from __future__ import annotations

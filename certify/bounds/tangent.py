@@ -88,8 +88,14 @@ class Tangent:
 
         def visit(index: int, v: Form, f: Form) -> None:
             d = self.departures.get(index)
-            if d is not None:
-                add(d.rows, _departure(self.graph.operation(index), d.tangent, v, f))
+            if d is None:
+                return
+            op = self.graph.operation(index)
+            if isinstance(op, ReLU | LeakyReLU) and not d.rows.is_cuda:
+                live, part = _live_departure(op, d.tangent, v)
+                add(d.rows[live], part)
+            else:
+                add(d.rows, _departure(op, d.tangent, v, f))
 
         out = propagate(self.graph, start, visit)
         add(self.entry, start)
@@ -123,6 +129,15 @@ def _departure(op: Op, tangent: Tensor, v: Form, f: Form) -> Form:
         return _pool_departure(op, tangent.expand_as(f.radius), v, f)
     assert isinstance(op, Expectation)
     return _mean_departure(op, tangent, v, f)
+
+
+def _live_departure(op: ReLU | LeakyReLU, tangent: Tensor, v: Form) -> tuple[Tensor, Form]:
+    """The entries that may leave the side they were on at the reference, and the form of their departure."""
+    sway, on = v.sway(), tangent == 1
+    crossing = torch.where(on, v.centre[0] - sway < v.radius, v.centre[0] + sway > -v.radius)
+    live = crossing.flatten(1).any(0).nonzero().squeeze(1)
+    few = Form(v.centre.flatten(2)[..., live], v.radius.flatten(1)[:, live])
+    return live, departure(op, few, tangent.flatten()[live])
 
 
 def slope_at(op: Activation, v: Tensor) -> Tensor:

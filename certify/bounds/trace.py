@@ -42,9 +42,7 @@ PROPERTIES = {
 VALUE_DEPENDENT = {"__bool__", "__float__", "__int__", "item", "tolist", "__index__", "numpy", "is_nonzero"}
 
 
-def trace(
-    model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bool = False
-) -> tuple[Graph, Tensor]:
+def trace(model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bool = False) -> tuple[Graph, Tensor]:
     """The graph of `model` in its present mode, and its output on `x` (N, ...).
 
     In training mode batch normalisation uses the statistics of this batch, as the forward pass does, and updates its
@@ -65,7 +63,7 @@ def trace(
             difference = (graph.forward(x) - output).abs().amax().item()
             if not difference <= 1e-3 * (1 + output.abs().amax().item()):
                 raise UnsupportedOperation(
-                    f"the recorded operations compute something else than the model (outputs differ by {difference:.3g}); "
+                    f"the recorded operations compute something else than the model (off by {difference:.3g}); "
                     "it may write into a tensor that it has a view of, or draw random numbers"
                 )
     return graph, output
@@ -136,7 +134,8 @@ class _Recorder(TorchFunctionMode):
         if name == "__get__":
             name = getattr(getattr(func, "__self__", None), "__name__", name)
         traced = any(self.find(v) is not None for v in _flatten((args, kwargs)))
-        if not traced or name in METADATA or name in PROPERTIES:
+        asks_type = name in ("to", "type_as") and self.find(args[0]) is None  # a constant takes on the input's type
+        if not traced or asks_type or name in METADATA or name in PROPERTIES:
             return func(*args, **kwargs)
         if name in VALUE_DEPENDENT:
             raise UnsupportedOperation(
@@ -418,7 +417,7 @@ def _sum(r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dt
 def _dropout(r: _Recorder, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Handled:
     if training and p > 0:
         raise UnsupportedOperation(
-            f"dropout in module {r.path!r} is active; its random mask has no fixed bound. Call model.eval() or set p = 0"
+            f"dropout in module {r.path!r} is active; its random mask has no bound. Call model.eval() or set p = 0"
         )
     return None, (input,)
 

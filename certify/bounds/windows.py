@@ -52,6 +52,12 @@ class Window(Coefficients):
     def replace(self, data: Tensor, inside: bool = False) -> Window:
         return dataclasses.replace(self, data=data, inside=self.inside or inside)
 
+    def keep(self, entries: Tensor) -> Window:
+        assert self.image is not None
+        return dataclasses.replace(
+            self, data=self.data[entries], image=self.image[entries], position=self.position[entries]
+        )
+
     def _margins(self) -> tuple[int, int, int, int]:
         """How far windows can stick out of the map: left, right, top, bottom (as for F.pad)."""
         pads = []
@@ -117,12 +123,22 @@ class Window(Coefficients):
         return Coefficients(full.movedim(-1, 2), self.image, 3)
 
     def plus(self, other: Coefficients) -> Coefficients:
-        if isinstance(other, Window) and self._geometry() == other._geometry():
-            return dataclasses.replace(self, data=self.data + other.data, inside=self.inside and other.inside)
+        if isinstance(other, Window) and (self.stride, self.grid, self.size) == (other.stride, other.grid, other.size):
+            # The smallest window that holds both: it starts at the larger offset and ends at the later end.
+            offset = (max(self.offset[0], other.offset[0]), max(self.offset[1], other.offset[1]))
+            reach = [max(w.data.shape[3 + i] - w.offset[i] for w in (self, other)) for i in (0, 1)]
+            if (reach[0] + offset[0]) * (reach[1] + offset[1]) < self.size[0] * self.size[1]:
+                data = self._widened(offset, reach) + other._widened(offset, reach)
+                return dataclasses.replace(self, data=data, offset=offset, inside=self.inside and other.inside)
         return self.dense().plus(other)
 
-    def _geometry(self) -> tuple[object, ...]:
-        return self.stride, self.offset, self.grid, self.data.shape
+    def _widened(self, offset: tuple[int, int], reach: list[int]) -> Tensor:
+        """`data` in the window from ``-offset`` to `reach` (relative to position times stride)."""
+        before = [o - own for o, own in zip(offset, self.offset)]
+        after = [r - (self.data.shape[3 + i] - self.offset[i]) for i, r in enumerate(reach)]
+        if not any(before + after):
+            return self.data
+        return F.pad(self.data, (before[1], after[1], before[0], after[0]))
 
     def through_conv(
         self,
@@ -213,11 +229,28 @@ class Neurons(Coefficients):
     ) -> Window | None:
         """The functionals of a convolution's input: its kernels; None where windows do not pay."""
         size, kernel = (input_shape[1], input_shape[2]), tuple(weight.shape[2:])
-        if groups != 1 or dilation != (1, 1) or kernel[0] * kernel[1] >= size[0] * size[1]:
+        if groups != 1 or dilation != (1, 1):
+            return self.window().through_conv(weight, stride, padding, dilation, groups, input_shape)
+        if kernel[0] * kernel[1] >= size[0] * size[1]:
             return None
         height, width = self.full[1:]
-        place = self.entry % (height * width)
         picked = weight.contiguous(memory_format=torch.channels_last)[self.entry // (height * width)]
-        position = torch.stack([place // width, place % width], 1)
         data = self.data.reshape(-1, 2, 1, 1, 1) * picked.unsqueeze(1)
-        return Window(data, self.image, 3, position, (height, width), stride, padding, size, False, self.maps)
+        return self._placed(data, stride, padding, size)
+
+    def window(self) -> Window:
+        """As windows of one pixel; the node must be a feature map."""
+        height, width = self.full[1:]
+        channel = (self.entry // (height * width)).reshape(-1, 1, 1).expand(*self.lead, 1)
+        data = self.data.new_zeros(*self.lead, self.full[0]).scatter(2, channel, self.data.unsqueeze(2))
+        return self._placed(data.unflatten(2, (-1, 1, 1)), (1, 1), (0, 0), (height, width))
+
+    def spread(self) -> Coefficients:
+        """Windows of one pixel for a feature map, dense for anything else."""
+        return self.window() if len(self.full) == 3 and self.full[1] * self.full[2] > 1 else self.dense()
+
+    def _placed(self, data: Tensor, stride: tuple[int, int], offset: tuple[int, int], size: tuple[int, int]) -> Window:
+        height, width = self.full[1:]
+        place = self.entry % (height * width)
+        position = torch.stack([place // width, place % width], 1)
+        return Window(data, self.image, 3, position, (height, width), stride, offset, size, False, self.maps)

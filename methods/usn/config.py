@@ -54,8 +54,8 @@ class USNConfig:
         select: "final": only epochs at the final ratio may be chosen on validation; "literal": any epoch.
         on_collapse: when the network predicts the same for every image: "raise", "warn" or "ignore". Recorded anyhow.
         collapse_after: part of the training after which that counts.
-        wide_lr_scale: factor of the learning rate of linear layers with at least `wide_inputs` inputs. At the paper's
-            rate of 0.01 such a layer drives the CNN7 into predicting the mean. 1.0 turns it off.
+        wide_lr_scale: factor of the learning rate of hidden linear layers with at least `wide_inputs` inputs. At the
+            paper's rate of 0.01 such a layer drives the CNN7 into predicting the mean. 1.0 turns it off.
         wide_inputs: see `wide_lr_scale`.
     """
 

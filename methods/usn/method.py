@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from methods import masks
+from methods import masks, wiring
 from methods.base import Where
 from methods.outcome import Outcome
 from methods.training.checkpoint import Checkpoint
@@ -105,18 +105,18 @@ class USN:
     def _training(self, network: nn.Module) -> tuple[TrainingConfig, tuple[str, ...]]:
         """The training settings with the rates of wide layers and the epochs that may be selected, and what changed."""
         config, training = self.config, self.config.training
+        outputs = wiring.output_layers(network)
         wide = [
-            f"{path}." if path else ""
+            path
             for path, module in network.named_modules()
-            if isinstance(module, nn.Linear) and module.in_features >= config.wide_inputs
+            if isinstance(module, nn.Linear) and module.in_features >= config.wide_inputs and path not in outputs
         ]
         notes: tuple[str, ...] = ()
         if wide and config.wide_lr_scale < 1.0:
             # The user's own patterns come first: the first match counts.
-            scales = (*training.lr_scale, *((f"{prefix}*", config.wide_lr_scale) for prefix in wide))
+            scales = (*training.lr_scale, *((f"{path}.*", config.wide_lr_scale) for path in wide))
             training = dataclasses.replace(training, lr_scale=scales)
-            layers = ", ".join(prefix.rstrip(".") or "the network" for prefix in wide)
-            notes = (f"learning rate x {config.wide_lr_scale:g} on {layers} (wide_lr_scale)",)
+            notes = (f"learning rate x {config.wide_lr_scale:g} on {', '.join(wide)} (wide_lr_scale)",)
         if config.select == "final" and config.ratio > 0:
             # Epoch e (from 0) is eligible when e + 1 > select_after * epochs; half an epoch guards against rounding.
             after = max(training.select_after, (config.schedule.end - 0.5) / config.epochs)

@@ -139,8 +139,9 @@ class LayerMetrics:
             return cls.of(output[:n], output[start : start + m * n].unflatten(0, (m, n)), metric)
         unbiased, smooth = _MeanChange.apply(output, start, n, m)
         still = output[:n].detach()
-        parts = (unbiased, smooth, still.square().mean(0), still.abs().mean(0))
-        return cls(*(part.reshape(len(part), -1) for part in parts), None)
+        found = (unbiased, smooth, still.square().mean(0), still.abs().mean(0))
+        u, s, signal, magnitude = (part.reshape(len(part), -1) for part in found)
+        return cls(u, s, signal, magnitude, None)
 
     @classmethod
     def joined(cls, parts: Sequence[LayerMetrics]) -> LayerMetrics:
@@ -187,7 +188,7 @@ class _MeanChange(torch.autograd.Function):
         return unbiased / (m * n), smooth / (m * n)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (change,) = ctx.saved_tensors
         start, n, m, shape = ctx.layout

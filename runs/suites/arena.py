@@ -52,7 +52,7 @@ def smoke() -> Preset:
         name="smoke",
         hardware="two CPU cores",
         at_once=2,
-        expectation="every cell finishes; at linf 0.1 IBP training verifies several times what natural training does",
+        expectation="every cell finishes; at linf 0.1 IBP training verifies about twice what natural training does",
         blocks=(digits,),
         default=("digits",),
     )

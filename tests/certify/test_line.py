@@ -325,3 +325,59 @@ def test_every_supported_network_has_a_verdict():
         x = images(net)[1:2]
         cert = certify.verify(net, x, certify.Deviation(10.0), p, method="line")
         assert cert.status.item() == Status.HOLDS, name
+
+
+def random_case(seed):
+    """A random small network, images and perturbation."""
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(*options):
+        return options[int(torch.randint(len(options), (1,), generator=generator))]
+
+    layers, width = [], 3
+    for _ in range(choose(1, 2, 3)):
+        out = choose(3, 5, 8)
+        layers += [conv(width, out, padding=1, stride=choose(1, 1, 2))]
+        layers += [nn.BatchNorm2d(out)] if choose(True, False) else []
+        layers += [choose(nn.ReLU(), nn.ReLU(), nn.LeakyReLU(0.2), nn.ReLU6(), nn.Hardtanh(-0.3, 0.4))]
+        width = out
+    layers += [choose(nn.Identity(), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 2, padding=1)), nn.Flatten()]
+    features = nn.Sequential(*layers)
+    with torch.no_grad():
+        for _ in range(5):
+            size = features(torch.rand(16, 3, 8, 8)).shape[1]
+    net = nn.Sequential(*features, nn.Linear(size, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    x = (torch.rand(2, 3, 8, 8, generator=generator) * 255).round() / 255
+    size = choose(0.003, 0.03, 0.2)
+    p = choose(
+        certify.Brightness(size), certify.Contrast(size, about=choose("zero", "mean", "half")), certify.BlurMix(size),
+        certify.Saturation(size), certify.Hue(size), certify.Rotation(20 * size),
+        certify.BrightnessContrast(size / 4, size / 4),
+    )  # fmt: skip
+    return net, x, p
+
+
+def check_random_case(seed):
+    net, x, p = random_case(seed)
+    seen = dense(net, x, p, 1500)
+    found = certify.deviation(net, x, p, tol=1e-4, norm="linf")
+    assert (found.upper >= seen - 2e-6).all(), seed
+    assert (found.upper - found.lower <= 1.1e-4 + 1e-4 * found.lower).all(), seed
+    for i in range(len(x)):
+        spec = certify.Deviation(max(found.upper[i].item() * 1.003, 1e-4))
+        assert certify.verify(net, x[i : i + 1], spec, p).status.item() == Status.HOLDS, seed
+        if found.lower[i] > 1e-3:
+            spec = certify.Deviation(found.lower[i].item() * 0.998)
+            assert certify.verify(net, x[i : i + 1], spec, p).status.item() == Status.VIOLATED, seed
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_networks(seed):
+    check_random_case(seed)
+
+
+@pytest.mark.slow
+def test_many_random_networks():
+    for seed in range(1000, 1200):
+        check_random_case(seed)

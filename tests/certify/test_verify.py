@@ -1,5 +1,6 @@
 """The front door: verdicts, counterexamples, errors."""
 
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_verdicts_are_monotone_in_the_radius(task):
         for eps in (0.0, 0.005, 0.02, 0.05)
     ]
     assert held[0].all()
-    for smaller, larger in zip(held, held[1:]):
+    for smaller, larger in itertools.pairwise(held):
         assert (larger <= smaller).all()
 
 

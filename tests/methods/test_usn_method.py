@@ -406,19 +406,23 @@ def test_the_spread_is_a_ratio_of_standard_deviations():
 
 
 def test_wide_layers_learn_more_slowly_and_the_outcome_says_so():
+    def wide() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*plain()[:6], nn.Linear(160, 200), nn.Sigmoid(), nn.Linear(200, 3))
+
     moved: dict[float, float] = {}
     for scale in (1.0, 0.05):
         sgd = dataclasses.replace(FAST, optimizer="sgd", lr=1e-3, momentum=0.0)
         config = quick(wide_inputs=160, wide_lr_scale=scale, training=sgd, epochs=1, ratio=0.0).task_only()
-        model = plain()
+        model = wide()
         outcome = USN(config).fit(model, images()[:1])
         moved[scale] = float((outcome.model[6].weight - model[6].weight).detach().norm())
         assert outcome.notes == (("learning rate x 0.05 on 6 (wide_lr_scale)",) if scale < 1 else ())
     assert moved[0.05] == pytest.approx(0.05 * moved[1.0], rel=1e-3)
     # A pattern of the user's own wins.
     own = dataclasses.replace(sgd, lr_scale=(("6.*", 1.0),))
-    outcome = USN(dataclasses.replace(config, training=own)).fit(plain(), images()[:1])
-    assert float((outcome.model[6].weight - plain()[6].weight).detach().norm()) == pytest.approx(moved[1.0])
+    outcome = USN(dataclasses.replace(config, training=own)).fit(wide(), images()[:1])
+    assert float((outcome.model[6].weight - wide()[6].weight).detach().norm()) == pytest.approx(moved[1.0])
 
 
 # --- settings ------------------------------------------------------------

@@ -126,3 +126,9 @@ def test_report_of_a_damaged_record_fails_and_names_it(tmp_path: Path, capsys: p
 def test_report_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main(["report", "--results", str(tmp_path)]) == 2
     assert "no records under" in capsys.readouterr().err
+
+
+def test_every_certifier_offered_is_one() -> None:
+    from certify.dispatch import METHODS
+
+    assert set(compare.CERTIFIERS) <= set(METHODS)

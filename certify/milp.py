@@ -1,0 +1,189 @@
+"""Exact answers for small networks by mixed-integer programming (Tjeng et al., 2019), with scipy's HiGHS.
+
+Every undecided ReLU is one binary variable in the big-M form, with the unit's own bounds as M. Independent of the
+search in `certify.bab` but for the bounds, so it serves as an oracle, and as an option where a network has few
+undecided units.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+
+import numpy as np
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+
+from certify.bounds import attach, trace
+from certify.bounds.crown import crown_intervals
+from certify.bounds.interval import intervals
+from certify.bounds.relunet import Link, ReluNet, build
+from certify.bounds.rewrite import relu_form
+from certify.perturbations import L2, Perturbation
+
+
+@dataclasses.dataclass(frozen=True)
+class Minimum:
+    """What the solver found for one row.
+
+    Attributes:
+        value: the smallest value found (a point's value: an upper bound of the minimum); inf when there is none.
+        bound: proven lower bound; equal to `value` up to the solver's gap when it finished.
+        x: (1, *input) where `value` is attained, float64; None when there is none.
+        binaries: binary variables.
+        finished: whether the solver proved its value within the limit.
+    """
+
+    value: float
+    bound: float
+    x: Tensor | None
+    binaries: int
+    finished: bool
+
+
+def minimum(
+    model: nn.Module,
+    x: Tensor,
+    p: Perturbation,
+    C: Tensor,
+    d: Tensor | None = None,
+    *,
+    seconds: float = math.inf,
+    gap: float = 1e-7,
+) -> list[Minimum]:
+    """The smallest value of each row of ``C y + d`` over the perturbed versions of one image.
+
+    Args:
+        model: a network of affine maps, ReLUs, leaky ReLUs, clamps and max-pools, in evaluation mode.
+        x: the image (1, ...).
+        p: a box, or an affine family (whose parameters are then the inputs). L2 balls are not linear: ValueError.
+        C, d: (rows, outputs) and (rows,), 0 by default.
+        seconds: time limit a row.
+        gap: relative gap at which a row counts as solved.
+
+    Raises:
+        UnsupportedOperation: an activation that is not piecewise linear, or a network too large for its matrices.
+        ValueError: a batch, a ball, or wrong shapes.
+    """
+    if len(x) != 1:
+        raise ValueError(f"one image at a time, got a batch of {len(x)}")
+    if isinstance(p, L2):
+        raise ValueError("a Euclidean ball is not a polytope; use a box around it, or branch and bound")
+    p.check(x)
+    with torch.no_grad():
+        graph, region = attach(trace(copy.deepcopy(model).double(), x.double())[0].folded(), x.double(), p)
+        outputs = graph.nodes[graph.output].shape
+        if C.ndim != 2 or (C.shape[1],) != outputs or (d is not None and d.shape != C.shape[:1]):
+            raise ValueError(f"C must be (rows, {outputs[0]}) and d (rows,), got {tuple(C.shape)}")
+        graph = relu_form(graph, intervals(graph, region))
+        shift = torch.zeros(len(C), dtype=torch.float64) if d is None else d.double()
+        net = build(graph, region, crown_intervals(graph, region), C.double(), shift.to(C.device))
+    program = _Program(net)
+    results = []
+    for row in range(len(C)):
+        value, bound, point, finished = program.solve(row, seconds, gap)
+        place = None if point is None else net.inputs(torch.from_numpy(point).to(net.middle).unsqueeze(1))
+        if place is not None and hasattr(p, "parameters"):
+            place = p.apply(x.double(), place)
+        results.append(Minimum(value, bound, place, net.units, finished))
+    return results
+
+
+class _Program:
+    """Variables: inputs, then for every block its values (after the ReLU), then one binary an undecided unit."""
+
+    def __init__(self, net: ReluNet) -> None:
+        self.net = net
+        sizes = [len(net.middle), *(len(b.bias) for b in net.blocks)]
+        self.at = np.concatenate([[0], np.cumsum(sizes)])
+        self.binaries = int(self.at[-1])
+        self.count = self.binaries + net.units
+        middle, half = _array(net.middle), _array(net.half)
+        low = np.concatenate([middle - half, np.full(self.count - len(middle), -np.inf)])
+        high = np.concatenate([middle + half, np.full(self.count - len(middle), np.inf)])
+        low[self.binaries :], high[self.binaries :] = 0, 1
+        rows, least, most = [], [], []
+        for k, block in enumerate(net.blocks, 1):
+            n, size = block.undecided, len(block.bias)
+            bias = _array(block.bias)
+            own = scipy.sparse.identity(size, format="csr")
+            parts = {j: _matrix(link) for j, link in block.links.items()}
+            lo, hi = _array(net.lo[net.span(k)]), _array(net.hi[net.span(k)])
+            if size > n:
+                # On: v = z.
+                rows.append(self._place({**{j: -m[n:] for j, m in parts.items()}, k: own[n:]}))
+                least.append(bias[n:])
+                most.append(bias[n:])
+            if n:
+                first = int(self.at[k])
+                low[first : first + n], high[first : first + n] = 0, np.maximum(hi, 0)
+                binary = scipy.sparse.csr_matrix(
+                    (np.ones(n), (np.arange(n), np.arange(net.offsets[k - 1], net.offsets[k]))), (n, net.units)
+                )
+                above = self._place({**{j: -m[:n] for j, m in parts.items()}, k: own[:n]})
+                # v >= z;  v <= z - lo (1 - b);  v <= hi b.
+                rows.append(above)
+                least.append(bias[:n])
+                most.append(np.full(n, np.inf))
+                rows.append(above + self._binary(binary.multiply(-lo[:, None]).tocsr()))
+                least.append(np.full(n, -np.inf))
+                most.append(bias[:n] - lo)
+                rows.append(self._place({k: own[:n]}) - self._binary(binary.multiply(hi[:, None]).tocsr()))
+                least.append(np.full(n, -np.inf))
+                most.append(np.zeros(n))
+        self.low, self.high = low, high
+        self.matrix = scipy.sparse.vstack(rows, format="csc") if rows else None
+        self.least = np.concatenate(least) if rows else np.zeros(0)
+        self.most = np.concatenate(most) if rows else np.zeros(0)
+
+    def _place(self, parts: dict[int, scipy.sparse.csr_matrix]) -> scipy.sparse.csr_matrix:
+        """Matrices on blocks as one matrix on all variables."""
+        height = next(iter(parts.values())).shape[0]
+        columns = []
+        for j in range(len(self.at) - 1):
+            width = int(self.at[j + 1] - self.at[j])
+            columns.append(parts[j] if j in parts else scipy.sparse.csr_matrix((height, width)))
+        columns.append(scipy.sparse.csr_matrix((height, self.net.units)))
+        return scipy.sparse.hstack(columns, format="csr")
+
+    def _binary(self, part: scipy.sparse.csr_matrix) -> scipy.sparse.csr_matrix:
+        return scipy.sparse.hstack([scipy.sparse.csr_matrix((part.shape[0], self.binaries)), part], format="csr")
+
+    def solve(self, row: int, seconds: float, gap: float) -> tuple[float, float, np.ndarray | None, bool]:
+        """Value, bound, inputs and whether the row is solved."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
+        parts = {j: _matrix(link)[row] for j, link in self.net.rows.links.items()}
+        constant = float(self.net.rows.bias[row])
+        if not parts:
+            return constant, constant, _array(self.net.middle), True
+        integrality = np.zeros(self.count)
+        integrality[self.binaries :] = 1
+        options = {"mip_rel_gap": gap}
+        if math.isfinite(seconds):
+            options["time_limit"] = seconds
+        result = milp(
+            self._place(parts).toarray()[0],
+            integrality=integrality,
+            bounds=Bounds(self.low, self.high),
+            constraints=None if self.matrix is None else LinearConstraint(self.matrix, self.least, self.most),
+            options=options,
+        )
+        bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) + constant
+        if result.x is None:
+            return math.inf, bound, None, False
+        value = float(result.fun) + constant
+        # Without binaries the solver is a linear one and reports no dual bound.
+        bound = value if result.mip_dual_bound is None and result.status == 0 else bound
+        return value, bound, result.x[: len(self.net.middle)], result.status == 0
+
+
+def _array(value: Tensor) -> np.ndarray:
+    return np.asarray(value.detach().double().cpu().numpy())
+
+
+def _matrix(link: Link) -> scipy.sparse.csr_matrix:
+    matrix = link.matrix.to_dense() if link.matrix.layout != torch.strided else link.matrix
+    return scipy.sparse.csr_matrix(_array(matrix))

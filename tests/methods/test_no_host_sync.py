@@ -1,0 +1,79 @@
+"""A training step must not wait for the device: no objective may read a value on the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from method_toys import images, residual
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from methods.hydra.search import _Scored, initial_scores
+from methods.slimming import GammaL1
+from methods.training import (
+    CROWNIBP,
+    FGSM,
+    IBP,
+    PGD,
+    TRADES,
+    CrossEntropy,
+    Natural,
+    NRSLoss,
+    Progress,
+    Regularised,
+    RSLoss,
+    fast_ibp,
+)
+
+# Everything that has to know a value to go on: on an accelerator each of these waits for the queue to drain.
+READING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item"}
+
+
+class NoReading(TorchDispatchMode):
+    """Raises where a step reads a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in READING, f"{func} reads a value on the host"
+        if name.startswith("index"):  # the length of what a boolean index picks is a value
+            picked = [t for t in args[1] if isinstance(t, torch.Tensor)] if isinstance(args[1], (list, tuple)) else []
+            assert all(t.dtype != torch.bool for t in picked), f"{func} reads a value on the host"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_what_it_is_for():
+    for read in (lambda t: float(t.sum()), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: bool((t > 0).any())):
+        with pytest.raises(AssertionError, match="reads a value"), NoReading():
+            read(torch.ones(3))
+
+
+OBJECTIVES = {
+    "natural": Natural(),
+    "fgsm": FGSM(0.05),
+    "pgd": PGD(0.05, steps=2),
+    "trades": TRADES(0.05, steps=2),
+    "ibp": IBP(0.05),
+    "crown-ibp": CROWNIBP(0.05),
+    "crown-ibp unfused": CROWNIBP(0.05, fused=False),
+    "crown-ibp+rs+nrs": Regularised(CROWNIBP(0.05), (RSLoss(), NRSLoss(), NRSLoss(average="channels"))),
+    "fgsm+nrs": Regularised(FGSM(0.05), (NRSLoss(),)),
+    "fast-ibp+nrs": Regularised(fast_ibp(0.05).objective, (*fast_ibp(0.05).regularisers, NRSLoss())),
+    "natural+gamma": Regularised(Natural(), (GammaL1(),)),
+    "brightness": CROWNIBP(0.05, perturbation="Brightness"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_reads_a_value(name):
+    x, y = images(8)[0]
+    model = residual().train()
+    with NoReading():
+        loss, _ = OBJECTIVES[name].loss(model, x, y, CrossEntropy(), Progress(2, 10))
+        loss.backward()
+
+
+def test_hydras_mask_reads_no_value():
+    weight = torch.randn(8, 4, 3, 3)
+    scored = _Scored(initial_scores(weight), torch.ones_like(weight, dtype=torch.bool), 0.5)
+    with NoReading():
+        scored(weight).sum().backward()
+    assert int((scored(weight) != 0).sum()) == weight.numel() // 2
