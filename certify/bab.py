@@ -220,8 +220,8 @@ class _Run:
         relus = relu_form(graph, intervals(graph, region))
         if len(relus.nodes) != len(graph.nodes):
             found = crown_intervals(relus, region, self.budget.memory // 4)
-        left = slice(None) if self.any_row else rows <= self.margin
-        proven = math.inf if self.any_row or bool(left.all()) else float(rows[~left].min())
+        left = torch.ones_like(rows, dtype=torch.bool) if self.any_row else rows <= self.margin
+        proven = math.inf if bool(left.all()) else float(rows[~left].min())
         C, d = self.C[left], self.d[left]
         net, _ = self._tightened(build(relus, region, found, C, d))
         # Units that are decided now leave the network.

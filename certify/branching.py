@@ -41,6 +41,7 @@ class Settings:
     root_steps: int = 30
     refresh_steps: int = 3
     refresh_every: int = 3
+    refresh_share: float = 0.7
 
 
 @dataclasses.dataclass
@@ -98,11 +99,11 @@ class Search:
         self.refresh_every = settings.refresh_every
         columns = 2 * sum(b.undecided for b in net.blocks[1:])
         self._refresh_at_once = max(1, 8192 // max(1, columns))
-        # Splits needed below a subproblem from which on tightening it first is cheaper.
-        self._worth = math.log2(max(2.0, columns * settings.refresh_steps / (2 * settings.steps)))
-        import os
+        self._refresh_cost = columns * settings.refresh_steps
+        # Splits needed below a subproblem from which on tightening it first is cheaper: a guess, corrected as we go.
+        self._worth = math.log2(max(2.0, self._refresh_cost / (2 * settings.steps)))
+        self._refreshing = self._splitting = 0  # steps of ascent spent on either
 
-        self._worth *= float(os.environ.get("WF", 1))
         self._gain = 0.0  # what a split brings, a running mean
         self._decided = math.inf  # smallest bound of a decided subproblem
         self._stuck = 0
@@ -144,10 +145,12 @@ class Search:
             if len(later):
                 self.open.push({name: value[later] for name, value in {**parents, "unit": unit}.items()})
             now = now[: self._refresh_at_once]
+            self._refreshing += len(now) * self._refresh_cost
             self._refresh({name: value[now] for name, value in parents.items()})
             parents, unit = {name: value[~due] for name, value in parents.items()}, unit[~due]
-            if not len(unit) or self._witness is not None:
-                return
+        self._worth *= 1.03 if self._refreshing > self.settings.refresh_share * (self._refreshing + self._splitting) else 0.97
+        if not len(unit) or self._witness is not None:
+            return
         at = torch.arange(len(unit), device=unit.device)
         parents["theta"][at, unit] = 0
         parents["depth"] = parents["depth"] + 1
@@ -155,6 +158,7 @@ class Search:
         children = {name: torch.cat([value, value]) for name, value in parents.items()}
         children["sign"][at, unit] = 1
         children["sign"][at + len(at), unit] = -1
+        self._splitting += 2 * len(unit) * self.settings.steps
         gain = self._bound(children, self.settings.steps)
         self._gain = gain if not self._gain else 0.9 * self._gain + 0.1 * gain
 
@@ -226,7 +230,7 @@ class Search:
         if not len(left):
             return gain
         worst = left[lower[left].topk(min(16, len(left)), largest=False).indices]
-        self._witness = self.attack(best.x[:, worst])
+        self._witness = self.attack(net.minimiser(best.at_input[:, worst]))
         if self._witness is not None:
             return gain
         undecided = lines.undecided[:, left] > 0

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from certify import attack as attacks
-from certify import line
-from certify.bounds import Graph, lower_rows
+from certify import bab, line
+from certify.bounds import METHODS as BOUNDS
+from certify.bounds import Graph, UnsupportedOperation, lower_rows
 from certify.curves import Curve
 from certify.motion import parametric
 from certify.perturbations import Box, Perturbation
@@ -19,16 +20,22 @@ from certify.precisions import Precisions
 from certify.specs import Spec, margin, select
 from certify.verdicts import Budget, Certificate, Status, join
 
-INCOMPLETE = ("ibp", "crown-ibp", "crown")
+INCOMPLETE = BOUNDS
 # Complete for perturbations of few parameters.
 LINE = {"line": "auto", "line-branch": "branch", "line-enumerate": "enumerate"}
-METHODS = ("auto", *INCOMPLETE, *LINE)
+# Complete for boxes and balls, for one image at a time.
+SEARCH = ("bab", "milp")
+METHODS = ("auto", *INCOMPLETE, *LINE, *SEARCH)
+# What complete verifiers may spend where no budget is given.
+BUDGET = Budget(seconds=60)
 
 # Margins this close to zero, relative to the size of the outputs, are settled in float64. Measured differences between
 # float32 and float64 margins stay below 2e-5 of that size on trained networks.
 SCREEN = 1e-3
 # What is kept for rounding in float64, relative to the same size.
 MARGIN = 1e-9
+# HiGHS keeps constraints and integrality to 1e-6 or so.
+MILP_MARGIN = 1e-5
 
 
 def verify(
@@ -51,10 +58,11 @@ def verify(
         x: images (N, ...) in pixel space.
         spec: what must hold of the outputs; references are taken at `x`.
         p: what may change.
-        method: "ibp", "crown-ibp", "crown": one bound, then an attack on what it leaves open; "line": exact for
-            perturbations of one or two parameters ("line-branch" and "line-enumerate" force one of its two ways);
-            "auto": "line" where it applies, else the bounds in order of cost, each on the images that are still open.
-        budget: seconds an image and bytes of working memory.
+        method: "ibp", "crown-ibp", "crown", "alpha-crown", "forward": one bound, then an attack on what it leaves open.
+            "line": exact for perturbations of one or two parameters ("line-branch" and "line-enumerate" force one of
+            its two ways). "bab": an attack, then branch and bound; "milp": exact for small networks. "auto": "line"
+            where it applies, else bounds in order of cost, an attack, and branch and bound on what is still open.
+        budget: seconds an image and bytes of working memory; None: a minute an image.
         attack: look for counterexamples among the images that no bound settles.
         seed: for the attack's random restarts.
         chunk: images that are bounded together.
@@ -79,7 +87,7 @@ def verify(
     few = parametric(p)
     if method in LINE and not few:
         raise ValueError(f"{method!r} is for perturbations of few parameters, not for {p.describe()}; use 'auto'")
-    budget = budget or Budget()
+    budget = budget or BUDGET
     parts = []
     with torch.no_grad():
         reference = model(x)
@@ -90,13 +98,7 @@ def verify(
             own = select(spec, reference, part)
             task = _Chunk(nets, x[part], reference[part], own, p.select(part, len(x)), budget)
             task.look()
-            if method in LINE or (method == "auto" and few):
-                task.line(LINE.get(method, "auto"), seed + at)
-            else:
-                for stage in INCOMPLETE if method == "auto" else (method,):
-                    task.bound(stage)
-            if attack:
-                task.attack(seed + at)
+            task.decide(method, attack, seed + at)
             parts.append(task.certificate(method))
             if progress is not None:
                 progress(parts[-1])
@@ -140,6 +142,22 @@ class _Chunk:
         if self.parameters is not None:
             self.parameters[failed] = 0
 
+    def decide(self, method: str, attack: bool, seed: int) -> None:
+        """Run the stages of `method`, each on the images that the ones before left open."""
+        if method in LINE or (method == "auto" and parametric(self.p)):
+            self.line(LINE.get(method, "auto"), seed)
+            return
+        # Nearly robust images are settled by cheap bounds, hopeless ones by the attack, before anything is expensive.
+        before = {"auto": ("ibp", "crown-ibp"), "bab": (), "milp": ()}.get(method, (method,))
+        for stage in before:
+            self.bound(stage)
+        if attack:
+            self.attack(seed)
+        if method == "auto":
+            self.bound("crown")
+        if method in ("auto", *SEARCH):
+            self.search("milp" if method == "milp" else "bab", seed)
+
     def bound(self, method: str) -> None:
         """Bound the margins of the open images; close calls are settled in float64."""
         index = self._open()
@@ -182,6 +200,53 @@ class _Chunk:
         self.parameters[broken] = found.parameters.to(self.parameters)[torch.isin(index, broken)]
         for kind, count in found.work.items():
             self.work[kind] = torch.zeros(len(self.x), dtype=torch.int64).index_copy(0, index.cpu(), count)
+
+    def search(self, method: str, seed: int) -> None:
+        """Decide the open images one by one within what is left of their budgets."""
+        for i in self._open().tolist():
+            left = self.budget.seconds - float(self.seconds[i])
+            if left <= 0:
+                self.status[i] = Status.TIMEOUT
+                continue
+            start = time.perf_counter()
+            x, p = self.x[i : i + 1], self.p.select(torch.tensor([i], device=self.x.device), len(self.x))
+            try:
+                if method == "milp":
+                    self._solve(i, x, p, left)
+                else:
+                    found = bab.verify(
+                        self.nets.model, x, p, self.C[i], self.d[i], Budget(left, self.budget.memory),
+                        attack=False, seed=seed,
+                    )  # fmt: skip
+                    self._record(i, found.status, found.lower, found.counterexample)
+                    for kind, count in found.work.items():
+                        self.work.setdefault(kind, torch.zeros(len(self.x), dtype=torch.int64))[i] = count
+            except UnsupportedOperation:
+                pass  # the bounds that were possible have been taken; the image stays unknown
+            self.seconds[i] += time.perf_counter() - start
+
+    def _record(self, i: int, status: Status, lower: float, counterexample: Tensor | None) -> None:
+        if status == Status.VIOLATED and counterexample is not None:
+            outputs = self.nets.model(counterexample.to(self.x))
+            own = select(self.spec, self.reference, torch.tensor([i], device=self.x.device))
+            if float(margin(own, outputs, self.reference[i : i + 1])) > 0:
+                return  # a polygon row failed, the property itself did not
+            self.inputs[i] = counterexample[0].to(self.x)
+        self.status[i] = status
+        self.lower[i] = max(float(self.lower[i]), lower)
+
+    def _solve(self, i: int, x: Tensor, p: Perturbation, seconds: float) -> None:
+        from certify import milp  # scipy's solver is only needed here
+
+        rows = milp.minimum(self.nets.model, x, p, self.C[i], self.d[i], seconds=seconds / len(self.C[i]))
+        lower, size = min(row.bound for row in rows), float(self.size[i])
+        worst = min(rows, key=lambda row: row.value)
+        if lower > MILP_MARGIN * max(1.0, size):
+            self._record(i, Status.HOLDS, lower, None)
+        elif worst.x is not None and float((self.C[i] @ self.nets.model(worst.x.to(x))[0] + self.d[i]).min()) <= 0:
+            self._record(i, Status.VIOLATED, lower, worst.x)
+        elif not all(row.finished for row in rows):
+            self._record(i, Status.TIMEOUT, lower, None)
 
     def attack(self, seed: int) -> None:
         """Look for counterexamples among the open images."""

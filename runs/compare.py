@@ -31,10 +31,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 CERTIFIERS = {
-    "auto": "the strongest that applies: exact or complete where there is one, else CROWN",
+    "auto": "bounds in order of cost, an attack, then a complete verifier, within the time an image has",
+    "line": "exact for brightness, contrast and other perturbations of one or two parameters",
+    "bab": "branch and bound (alpha,beta-CROWN): complete for boxes and balls",
+    "milp": "mixed-integer programming (HiGHS): exact for small networks",
     "ibp": "interval bound propagation: fast, loose on networks not trained for it",
     "crown-ibp": "linear bounds of the output over intervals inside",
     "crown": "linear bounds of every unit (CROWN)",
+    "forward": "lines in the parameters of a semantic perturbation",
 }
 ENGINES = ("auto", "serial", "processes")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130

@@ -96,7 +96,7 @@ _DATA: Mapping[str, str] = {
     "CIFAR10": "cifar10",
     "celeba-hq": "celeba_hq",
 }
-_COMPLETE = ("bab", "complete", "milp")
+_COMPLETE = ("auto", "bab", "complete", "milp")
 
 
 def _rows(name: str) -> list[dict[str, str]]:

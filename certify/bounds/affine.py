@@ -277,7 +277,7 @@ class AffinePath(Affine):
         return self._weigh(radii[0], self.directions.abs())
 
     def adjoint(self, c: Coefficients) -> tuple[Coefficients, ...]:
-        rows = [c.dot(self.directions[:, k]) for k in range(self.directions.shape[1])]
+        rows = [c.dot(self.directions[:, k].expand_as(self.base)) for k in range(self.directions.shape[1])]
         return (Coefficients(torch.stack(rows, -1), c.image, 1),)
 
     def offset(self, c: Coefficients) -> Tensor | None:

@@ -54,13 +54,13 @@ def limits(lines: Lines, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Ascended:
-    """For every column: the best bound (B,), its parameters, and coefficients and inputs there."""
+    """For every column: the best bound (B,), its parameters, and coefficients there (see `ReluNet.pull`)."""
 
     lower: Tensor
     theta: Tensor
     weights: Tensor | None
     kept: Tensor
-    x: Tensor
+    at_input: Tensor
 
     def where(self, which: Tensor, other: Ascended) -> Ascended:
         """With the columns of `other` where `which` (B,)."""
@@ -69,7 +69,7 @@ class Ascended:
             torch.where(which, other.theta, self.theta),
             None if self.weights is None or other.weights is None else torch.where(which, other.weights, self.weights),
             torch.where(which, other.kept, self.kept),
-            torch.where(which, other.x, self.x),
+            torch.where(which, other.at_input, self.at_input),
         )
 
     def select(self, columns: Tensor) -> Ascended:
@@ -79,7 +79,7 @@ class Ascended:
             self.theta[:, columns],
             None if self.weights is None else self.weights[:, columns],
             self.kept[:, columns],
-            self.x[:, columns],
+            self.at_input[:, columns],
         )
 
     def put(self, at: Tensor, other: Ascended) -> Ascended:
@@ -89,7 +89,7 @@ class Ascended:
             self.theta.index_copy(1, at, other.theta),
             None if self.weights is None or other.weights is None else self.weights.index_copy(1, at, other.weights),
             self.kept.index_copy(1, at, other.kept),
-            self.x.index_copy(1, at, other.x),
+            self.at_input.index_copy(1, at, other.at_input),
         )
 
 
@@ -113,8 +113,8 @@ def ascend(
         functional, constant = now.functional, now.constant
         if now.weights is not None:
             functional, constant = net.start(now.weights)
-        bound, c, x = net.pull(functional, constant, now.upto, now.lines, now.theta)
-        tried = Ascended(bound, now.theta, now.weights, c, x)
+        bound, c, at_input = net.pull(functional, constant, now.upto, now.lines, now.theta)
+        tried = Ascended(bound, now.theta, now.weights, c, at_input)
         best = tried if best is None else best.where(bound > best.lower, tried)
         last = step == steps - 1
         open_ = best.lower <= target
@@ -125,10 +125,10 @@ def ascend(
                 break
             stay = open_.nonzero().flatten()
             running, now, best = running[stay], now.select(stay), best.select(stay)
-            c, x = c[:, stay], x[:, stay]
+            c, at_input = c[:, stay], at_input[:, stay]
             if scale is not None:
                 first, second, scale = first[:, stay], second[:, stay], scale[:, stay]
-        g, values = net.gradient(x, c, now.upto, now.lines, now.theta)
+        g, values = net.gradient(at_input, c, now.upto, now.lines, now.theta)
         if scale is None:
             # Slopes live in [0, 1]; multipliers have the scale of the coefficients they are added to.
             typical = multiplier_rate / rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
@@ -170,7 +170,7 @@ def tighten(
     sign: Tensor | None = None,
     memories: Memories | None = None,
     deadline: float = math.inf,
-    bytes_: int = 1 << 26,
+    bytes_: int = 1 << 23,
 ) -> None:
     """Tighten the bounds of block k's undecided units by dual ascent, confirmed in the arithmetic of `exact`.
 

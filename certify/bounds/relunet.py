@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import warnings
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -30,7 +30,7 @@ from certify.bounds.op import Affine, Interval, UnsupportedOperation
 from certify.bounds.region import Region
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Matrix = scipy.sparse.csr_matrix
+Matrix: TypeAlias = Any  # scipy.sparse.csr_matrix, which has no type stubs
 
 # Sparse products cost about four times as much an entry as dense ones.
 SPARSE_BELOW = 0.2
@@ -214,7 +214,7 @@ class ReluNet:
         """Bound functionals of the values of blocks below `upto` from below over the region.
 
         Returns:
-            Bounds (B,), coefficients (U', B) of the undecided units' outputs, the minimising inputs (inputs, B).
+            Bounds (B,), and coefficients of the undecided units' outputs (U', B) and of the inputs (inputs, B).
         """
         functional = dict(functional)
         width = len(constant)
@@ -239,37 +239,42 @@ class ReluNet:
         at_input = functional.get(0)
         if at_input is None:
             at_input = theta.new_zeros(len(self.middle), width)
-        lower, x = self._minimise(at_input)
-        return constant + lower, kept, x
+        return constant + self._smallest(at_input), kept, at_input
 
     @staticmethod
     def _weight(c: Tensor, undecided: Tensor) -> Tensor:
         """The factor of `theta` in the functional: the positive part of c for slopes, 1 for multipliers."""
         return torch.addcmul(1 - undecided, c.clamp(min=0), undecided)
 
-    def _minimise(self, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest value of each functional over the inputs (a lower bound, for a box cut by a ball), and where."""
-        x = self.middle.unsqueeze(1) - c.sign() * self.half.unsqueeze(1)
-        lower = (c * x).sum(0)
+    def _smallest(self, c: Tensor) -> Tensor:
+        """The smallest value (B,) of functionals of the inputs (a lower bound of it, for a box cut by a ball)."""
+        lower = self.middle @ c - self.half @ c.abs()
         if self.centre is None or self.radius is None:
-            return lower, x
-        norm = c.norm(dim=0)
-        round_x = self.centre.unsqueeze(1) - self.radius * c / norm.clamp_min(1e-30)
-        round_lower = self.centre @ c - self.radius * norm
-        better = round_lower > lower
-        return torch.where(better, round_lower, lower), torch.where(better, round_x, x)
+            return lower
+        return torch.maximum(lower, self.centre @ c - self.radius * c.norm(dim=0))
 
-    def gradient(self, x: Tensor, kept: Tensor, upto: int, lines: Lines, theta: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def minimiser(self, c: Tensor) -> Tensor:
+        """Where functionals c (inputs, B) of the inputs take the value that `pull` counts: (inputs, B)."""
+        x = torch.addcmul(self.middle.unsqueeze(1), c.sign(), self.half.unsqueeze(1), value=-1)
+        if self.centre is None or self.radius is None:
+            return x
+        norm = c.norm(dim=0)
+        inner = self.centre @ c - self.radius * norm > self.middle @ c - self.half @ c.abs()
+        return torch.where(inner, self.centre.unsqueeze(1) - self.radius * c / norm.clamp_min(1e-30), x)
+
+    def gradient(
+        self, at_input: Tensor, kept: Tensor, upto: int, lines: Lines, theta: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """Supergradient (U', B) of the bounds in `theta`, and the values of all blocks at the minimising inputs.
 
-        By the envelope theorem it is the product of each parameter's factor and the unit's pre-activation when `x` goes
-        forward through the lines that the bound uses: one forward pass, no tape.
+        By the envelope theorem it is the product of each parameter's factor and the unit's pre-activation when the
+        minimising input goes forward through the lines that the bound uses: one forward pass, no tape.
         """
-        values = [x]
+        values = [self.minimiser(at_input)]
         total = torch.empty_like(kept)
         for k in range(1, upto):
             block, span = self.blocks[k - 1], self.span(k)
-            z = block.bias.unsqueeze(1).expand(-1, x.shape[1])
+            z = block.bias.unsqueeze(1).expand(-1, kept.shape[1])
             for j, link in block.links.items():
                 z = z + link.push(values[j])
             n = block.undecided

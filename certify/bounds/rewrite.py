@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify.bounds.activations import Clamp, LeakyReLU, ReLU
-from certify.bounds.affine import Add, Affine, NonNegative, Scale
+from certify.bounds.affine import Add, NonNegative, Scale
 from certify.bounds.graph import Graph, Node
-from certify.bounds.op import Interval, Op, UnsupportedOperation
+from certify.bounds.op import Affine, Interval, Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d
 
 

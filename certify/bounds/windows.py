@@ -245,6 +245,18 @@ class Neurons(Coefficients):
         data = self.data.new_zeros(*self.lead, self.full[0]).scatter(2, channel, self.data.unsqueeze(2))
         return self._placed(data.unflatten(2, (-1, 1, 1)), (1, 1), (0, 0), (height, width))
 
+    def dot(self, value: Tensor) -> Tensor:
+        return self.dense().dot(value)
+
+    def constant(self, value: Tensor) -> Tensor:
+        return value.expand(self.full).flatten()[self.entry].unsqueeze(1)
+
+    def replace(self, data: Tensor, inside: bool = False) -> Neurons:
+        return dataclasses.replace(self, data=data)
+
+    def plus(self, other: Coefficients) -> Coefficients:
+        return self.dense().plus(other)
+
     def spread(self) -> Coefficients:
         """Windows of one pixel for a feature map, dense for anything else."""
         return self.window() if len(self.full) == 3 and self.full[1] * self.full[2] > 1 else self.dense()

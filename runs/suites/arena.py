@@ -43,7 +43,7 @@ def smoke() -> Preset:
         rules=_rules((0.5,), epochs=10, finetune=2, rounds=1),
         schedules=(_schedule("natural", 10, 3e-3, 0.06, 64, None), _schedule("ibp", 10, 3e-3, 0.12, 64, 0.1)),
         perturbations=(Perturb("linf", 0.1), Perturb("brightness", 0.1)),
-        verifier=Verifier("crown", images=20),
+        verifier=Verifier("auto", images=20, seconds=0.5),
         seeds=(0,),
         certify_seconds=0.7,
         prepare_seconds=10,
@@ -74,9 +74,9 @@ def quick() -> Preset:
         rules=_rules((0.5, 0.8), epochs=15, finetune=4, rounds=2),
         schedules=(_schedule("natural", 15, 3e-3, 0.06, 64, None), _schedule("ibp", 15, 3e-3, 0.12, 64, 0.1)),
         perturbations=(Perturb("linf", 0.1), *semantic),
-        verifier=Verifier("crown", images=100),
+        verifier=Verifier("auto", images=100, seconds=0.3),
         seeds=THREE_SEEDS,
-        certify_seconds=1.2,
+        certify_seconds=4.0,
         prepare_seconds=10,
     )
     convolutional = Block(
@@ -85,7 +85,7 @@ def quick() -> Preset:
         rules=_rules((0.5, 0.8), epochs=15, finetune=4, rounds=2),
         schedules=(_schedule("natural", 15, 2e-3, 0.1, 64, None),),
         perturbations=(Perturb("linf", 0.02), *semantic),
-        verifier=Verifier("crown", images=60),
+        verifier=Verifier("auto", images=60, seconds=0.3),
         seeds=THREE_SEEDS,
         certify_seconds=5.0,
     )
@@ -95,9 +95,9 @@ def quick() -> Preset:
         rules=_rules((0.5,), epochs=8, finetune=4, rounds=1, layers="conv", structured=True),
         schedules=(_schedule("natural", 8, 3e-3, 2.0, 64, None),),
         perturbations=(Perturb("brightness", 2 * PIXEL), Perturb("contrast", 0.02)),
-        verifier=Verifier("crown", images=10),
+        verifier=Verifier("auto", images=30, seconds=10),
         seeds=THREE_SEEDS,
-        certify_seconds=12,
+        certify_seconds=6,
         prepare_seconds=40,
     )
     return Preset(
@@ -125,7 +125,7 @@ def _quick_images() -> tuple[Block, ...]:
                 _schedule("ibp", 8, 3e-3, 2 * epoch_seconds, 128, eps),
             ),
             perturbations=(*(Perturb("linf", r) for r in radii), *semantic),
-            verifier=Verifier("crown", images=200),
+            verifier=Verifier("auto", images=200, seconds=0.5),
             seeds=(0,),
             certify_seconds=50,
             prepare_seconds=10,
