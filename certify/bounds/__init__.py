@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from certify.bounds import forward
+from certify.bounds import alpha, forward
 from certify.bounds.crown import crown_intervals, crown_rows
 from certify.bounds.graph import Graph
 from certify.bounds.interval import intervals, rows_from_intervals
@@ -33,7 +33,7 @@ __all__ = [
     "trace",
 ]
 
-METHODS = ("ibp", "crown-ibp", "crown", "forward")
+METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown", "alpha-crown-full", "forward")
 Output = tuple[Tensor, Tensor]
 
 
@@ -138,5 +138,20 @@ def lower_rows(graph: Graph, x: Tensor, p: Perturbation, method: str, C: Tensor,
         return forward.lower_rows(attached, region, C)
     if method == "ibp":
         return rows_from_intervals(attached, region, intervals(attached, region), C)
-    found = intervals(attached, region) if method == "crown-ibp" else crown_intervals(attached, region, memory)
-    return crown_rows(attached, region, found, C, memory)
+    if method == "crown-ibp":
+        return crown_rows(attached, region, intervals(attached, region), C, memory)
+    found = crown_intervals(attached, region, memory)
+    if method == "crown":
+        return crown_rows(attached, region, found, C, memory)
+    if method == "alpha-crown-full":
+        found = alpha.alpha_intervals(attached, region, found, memory=memory)
+    best, slopes = alpha.alpha_rows(attached, region, found, C, memory=memory)
+    if not torch.is_grad_enabled():
+        return best
+    # The best slopes, once more, as a function of the weights.
+    parts = []
+    for i, own in enumerate(slopes):
+        one = torch.tensor([i], device=C.device)
+        part = [(lo[one], hi[one]) for lo, hi in found]
+        parts.append(alpha.rows_with(attached.select(one), region.select(one), part, C[one], own))
+    return torch.cat(parts)

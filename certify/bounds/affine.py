@@ -264,6 +264,11 @@ class AffinePath(Affine):
     def __init__(self, base: Tensor, directions: Tensor) -> None:
         self.base, self.directions = base, directions
 
+    def select(self, index: Tensor) -> AffinePath:
+        chosen = AffinePath(self.base[index], self.directions[index])
+        chosen.path = self.path
+        return chosen
+
     def bias(self) -> Tensor | None:
         return self.base
 

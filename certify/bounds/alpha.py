@@ -150,8 +150,9 @@ def alpha_rows(
     for at in range(0, len(C), chunk):
         some = torch.arange(at, min(at + chunk, len(C)), device=C.device)
         part = [(lo[some].detach(), hi[some].detach()) for lo, hi in found]
-        lines = relaxations(graph, part, graph.output + 1)
-        bound, best = _optimise(graph, region.select(some), part, lines, graph.output, C[some].detach(), steps, rate)
+        own = graph.select(some)
+        lines = relaxations(own, part, own.output + 1)
+        bound, best = _optimise(own, region.select(some), part, lines, own.output, C[some].detach(), steps, rate)
         bounds.append(bound)
         for i in range(len(some)):
             slopes.append({k: Slopes(v.entries, v.value[i : i + 1]) for k, v in best.items()})
@@ -248,6 +249,7 @@ def _tighten_image(
     lo, hi = lo.flatten(1).clone(), hi.flatten(1).clone()
     some = torch.tensor([image], device=lo.device)
     part = [(a[some], b[some]) for a, b in tight]
+    graph = graph.select(some)
     lines = relaxations(graph, part, index)
     chunk = max(1, memory // (16 * lo.element_size() * widest))
     for at in range(0, len(entries), chunk):

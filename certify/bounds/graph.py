@@ -64,6 +64,11 @@ class Graph:
                 readers[i].append(index)
         return readers
 
+    def select(self, index: Tensor) -> Graph:
+        """This network for some images of the batch."""
+        nodes = [Node(node.op and node.op.select(index), node.inputs, node.shape) for node in self.nodes]
+        return Graph(nodes, self.output)
+
     def prefixed(self, ops: Sequence[Op], shapes: Sequence[tuple[int, ...]]) -> Graph:
         """This network after `ops`, which map a new input of shape ``shapes[0]`` to the old one, one op a shape."""
         nodes = [Node(None, (), tuple(shapes[0]))]

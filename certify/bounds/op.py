@@ -126,6 +126,10 @@ class Op(abc.ABC):
         """For messages: the operation and where it is."""
         return f"{type(self).__name__} in module {self.path or '(root)'!r}"
 
+    def select(self, index: Tensor) -> Op:
+        """This operation for some images of the batch; only operations with constants an image differ."""
+        return self
+
     @abc.abstractmethod
     def forward(self, *inputs: Tensor) -> Tensor:
         """The values (N, ...)."""
