@@ -25,6 +25,7 @@ from certify.bounds.interval import intervals
 from certify.bounds.op import Interval, UnsupportedOperation
 from certify.bounds.relunet import ReluNet, build
 from certify.bounds.rewrite import relu_form
+from certify.curves import Path
 from certify.perturbations import L2, AffineFamily, Perturbation
 from certify.specs import Linear
 from certify.verdicts import Budget, Status
@@ -115,6 +116,10 @@ def verify(
             "the model is in training mode, where its answer depends on the batch; call model.eval() first"
         )
     p.check(x)
+    if isinstance(p, Path):
+        raise ValueError(
+            f"branch and bound searches boxes, balls and straight lines, not {p.describe()}; see certify.line"
+        )
     with torch.no_grad():
         outputs = model(x)
         if C.ndim != 2 or C.shape[1] != outputs.shape[1] or d.shape != C.shape[:1] or not len(C):
@@ -171,8 +176,8 @@ class _Run:
             return self._split_inputs(graph, region, lower)
 
     def _point(self) -> Verdict:
-        """Nothing may change: the model itself is the answer."""
-        rows = self.C @ self.model(self.x)[0].double() + self.d
+        """Nothing may change: the model itself is the answer (a box need not hold the image given beside it)."""
+        rows = self.C @ self.model(self.lo)[0].double() + self.d
         lower = float(rows.max() if self.any_row else rows.min())
         return self.answer(Status.HOLDS if lower > self.margin else Status.UNKNOWN, lower)
 

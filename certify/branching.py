@@ -137,14 +137,22 @@ class Search:
         """Take the worst subproblems; tighten those that are due and split the others."""
         parents = self.open.pop(max(1, self.settings.columns // 2))
         unit = parents.pop("unit").long()
-        due = (parents["since"] >= self.settings.refresh_every).nonzero().flatten()[: self._refresh_at_once]
-        if len(due):
-            self._refresh({name: value[due] for name, value in parents.items()})
-            rest = torch.ones(len(unit), dtype=torch.bool, device=unit.device)
-            rest[due] = False
-            parents, unit = {name: value[rest] for name, value in parents.items()}, unit[rest]
-            if not len(unit) or self._witness is not None:
-                return
+        # Tightening pays where the splits that are still needed would cost more.
+        due = (parents["since"] >= self.refresh_every) & (-parents["lower"] > self._worth * self._gain)
+        if bool(due.any()):
+            now = due.nonzero().flatten()
+            later = now[self._refresh_at_once :]
+            if len(later):
+                self.open.push({name: value[later] for name, value in {**parents, "unit": unit}.items()})
+            now = now[: self._refresh_at_once]
+            self._refreshing += len(now) * self._refresh_cost
+            self._refresh({name: value[now] for name, value in parents.items()})
+            parents, unit = {name: value[~due] for name, value in parents.items()}, unit[~due]
+        self._worth *= (
+            1.03 if self._refreshing > self.settings.refresh_share * (self._refreshing + self._splitting) else 0.97
+        )
+        if not len(unit) or self._witness is not None:
+            return
         at = torch.arange(len(unit), device=unit.device)
         parents["theta"][at, unit] = 0
         parents["depth"] = parents["depth"] + 1
@@ -196,7 +204,7 @@ class Search:
         theta = state["theta"].t().to(lo.dtype).clamp(low, high)
         mixed = weights if self.any_row else None
         problems = Problems(len(net.blocks) + 1, functional, constant, lines, theta, low, high, mixed)
-        best = ascend(net, problems, steps, self.margin)
+        best = ascend(net, problems, steps, self.margin, rate=0.2 if steps == self.settings.root_steps else 0.06)
         self.tally.domains += len(constant)
         self.tally.depth = max(self.tally.depth, int(state["depth"].max()))
         if best.weights is not None:

@@ -13,7 +13,7 @@ from certify import attack as attacks
 from certify import bab, line
 from certify.bounds import METHODS as BOUNDS
 from certify.bounds import Graph, UnsupportedOperation, lower_rows
-from certify.curves import Curve
+from certify.curves import Curve, Path
 from certify.motion import parametric
 from certify.perturbations import Box, Perturbation
 from certify.precisions import Precisions
@@ -84,14 +84,23 @@ def verify(
     if not len(x):
         raise ValueError("no images to verify: the batch is empty")
     p.check(x)
+    p = p.spread(x)
     few = parametric(p)
+    if method in SEARCH and isinstance(p, Path):
+        raise ValueError(
+            f"{method!r} searches boxes, balls and straight lines, not {p.describe()}; use 'line' or 'auto'"
+        )
     if method in LINE and not few:
         raise ValueError(f"{method!r} is for perturbations of few parameters, not for {p.describe()}; use 'auto'")
     budget = budget or BUDGET
     parts = []
     with torch.no_grad():
         reference = model(x)
-        spec.rows(reference)  # a property that does not fit the network is refused before any work
+        if not bool(torch.isfinite(reference).all()):
+            raise ValueError("the network's outputs on the unperturbed images hold NaN or infinity; check its weights")
+        rows = spec.rows(reference)  # a property that does not fit the network is refused before any work
+        if not bool(torch.isfinite(rows.C).all() and torch.isfinite(torch.as_tensor(rows.d)).all()):
+            raise ValueError("the property holds NaN or infinity; every row needs finite coefficients and constants")
         nets = Precisions(model, x)
         for at in range(0, len(x), chunk):
             part = torch.arange(at, min(at + chunk, len(x)), device=x.device)

@@ -21,6 +21,7 @@ from certify.bounds.crown import crown_intervals
 from certify.bounds.interval import intervals
 from certify.bounds.relunet import Link, ReluNet, build
 from certify.bounds.rewrite import relu_form
+from certify.curves import Path
 from certify.perturbations import L2, Perturbation
 
 
@@ -65,12 +66,14 @@ def minimum(
 
     Raises:
         UnsupportedOperation: an activation that is not piecewise linear, or a network too large for its matrices.
-        ValueError: a batch, a ball, or wrong shapes.
+        ValueError: a batch, a ball, a curve, or wrong shapes.
     """
     if len(x) != 1:
         raise ValueError(f"one image at a time, got a batch of {len(x)}")
     if isinstance(p, L2):
         raise ValueError("a Euclidean ball is not a polytope; use a box around it, or branch and bound")
+    if isinstance(p, Path):
+        raise ValueError(f"{p.describe()} is a curve, not a polytope; see certify.line")
     p.check(x)
     with torch.no_grad():
         graph, region = attach(trace(copy.deepcopy(model).double(), x.double())[0].folded(), x.double(), p)

@@ -70,6 +70,10 @@ class Perturbation(abc.ABC):
                 changes[field.name] = value[index]
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
 
+    def spread(self, x: Tensor) -> Perturbation:
+        """This perturbation with all that broadcasts over the batch `x` written out, so that `select` can pick it."""
+        return self
+
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless `x` is a finite floating batch (inside [0, 1] when the perturbation clips)."""
         if x.ndim < 2 or not x.is_floating_point():
@@ -196,6 +200,9 @@ class Box(Perturbation):
     def sample(self, x: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.apply(x, _uniform((n, *x.shape), x, generator))
 
+    def spread(self, x: Tensor) -> Box:
+        return dataclasses.replace(self, lo=self.lo.expand(x.shape), hi=self.hi.expand(x.shape))
+
     def select(self, index: Tensor | slice, n: int) -> Box:
         ends = [v[index] if v.ndim > 1 and len(v) == n and n > 1 else v for v in (self.lo, self.hi)]
         return dataclasses.replace(self, lo=ends[0], hi=ends[1])
@@ -205,6 +212,8 @@ class Box(Perturbation):
         for end in (self.lo, self.hi):
             if np.broadcast_shapes(end.shape, x.shape) != x.shape:
                 raise ValueError(f"a box of shape {tuple(end.shape)} does not fit inputs of shape {tuple(x.shape)}")
+            if not self.clip and not bool(torch.isfinite(end).all()):
+                raise ValueError("unbounded box: some ends are infinite, and so is every bound; give finite ends")
 
     def describe(self) -> str:
         free = int((self.lo < self.hi).sum())

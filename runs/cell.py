@@ -56,6 +56,15 @@ class Pruning:
         object.__setattr__(self, "ratio", ratio)
         object.__setattr__(self, "settings", _check_settings("Pruning", self.settings))
 
+    @property
+    def label(self) -> str:
+        """Short name for tables: the method, or which variant of it where one method stands for several."""
+        if self.method != "usn" or not self.settings:
+            return self.method
+        from runs.suites.usn import variant
+
+        return variant(self)
+
 
 @dataclass(frozen=True)
 class Training:
@@ -133,6 +142,10 @@ PERTURBATIONS: Mapping[str, str] = {
     "l2": "the Euclidean length of the change is at most the magnitude",
     "brightness": "x + t for |t| up to the magnitude, clipped to [0, 1]",
     "contrast": "(1 + t)·x for |t| up to the magnitude, clipped to [0, 1]",
+    "joint": "(1 + c)·x + b for |b| up to the magnitude and |c| up to 2.55 times it (1/255 goes with 0.01), clipped",
+    "rotation": "turned about the centre by up to the magnitude in degrees",
+    "hue": "hues turned by up to the magnitude (1 is the whole circle)",
+    "saturation": "x + t·(x - grey) for |t| up to the magnitude, clipped to [0, 1]",
 }
 """Perturbations that a cell can name, and what each does. ``certify`` holds their implementation."""
 
@@ -187,15 +200,17 @@ class Verifier:
     """How the network is certified: by what, on the first ``images`` test images, within which limits.
 
     ``seconds`` is the limit per image (None: none); ``delta`` (px) is how far a keypoint coordinate may
-    move.
+    move; ``settings`` are the method's own.
     """
 
     method: str = "auto"
     images: int = 100
     seconds: float | None = None
     delta: float = 1.0
+    settings: Settings = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", _check_settings("Verifier", self.settings))
         if self.images < 1:
             raise ValueError(f"Verifier.images must be >= 1, got {self.images}")
         if self.seconds is not None:
@@ -237,7 +252,8 @@ class Cell:
             "network": _part(self.network),
             "data": _part(self.data),
             "perturbations": [_part(p) for p in self.perturbations],
-            "verifier": _part(self.verifier),
+            # Without settings of its own a verifier is written as before it could have any, so that keys last.
+            "verifier": {name: value for name, value in _part(self.verifier).items() if name != "settings" or value},
             "seed": self.seed,
         }
 
@@ -257,7 +273,7 @@ class Cell:
         """One line for progress bars and error messages."""
         ratio = f" {self.pruning.ratio:g}" if self.pruning.ratio else ""
         return (
-            f"{self.data.name} · {self.network.label} · {self.pruning.method}{ratio} · {self.training.label}"
+            f"{self.data.name} · {self.network.label} · {self.pruning.label}{ratio} · {self.training.label}"
             f" · seed {self.seed}"
         )
 

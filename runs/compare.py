@@ -39,6 +39,7 @@ CERTIFIERS = {
     "crown-ibp": "linear bounds of the output over intervals inside",
     "crown": "linear bounds of every unit (CROWN)",
     "forward": "lines in the parameters of a semantic perturbation",
+    "deviation": "the largest deviation of keypoints, exact, with verdicts at several distances",
 }
 ENGINES = ("auto", "serial", "processes")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -161,7 +162,7 @@ def selection(args: argparse.Namespace) -> suites.Selection:
     from runs.suites.plan import check
 
     for name in args.methods or ():
-        check("method", name, ours("methods").names())
+        check("method", name, dict.fromkeys((*suites.variants(args.suite), *ours("methods").names())))
     for name in args.models or ():
         check("model", name, ours("models").names())
     for name in args.datasets or ():
@@ -285,13 +286,15 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
 
 def show_records(records: Sequence[Record], args: argparse.Namespace, console: Console) -> int:
     """Print and export the leaderboard; 1 when a cell failed."""
-    from runs import engine, leaderboard, report
+    from runs import engine, leaderboard, report, usn_report
 
     tables: list[Table] = leaderboard.build(records)
     report.print_terminal(tables, console)
     if records and args.export:
         for path in report.export(tables, records, args.results, args.export):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    for path in usn_report.show(records, args.results, args.export or (), console):
+        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     failures = engine.failed(records)
     for record in failures:
         error = record["error"]

@@ -25,13 +25,14 @@ from torch import Tensor, nn
 import certify
 import methods
 import models
+from certify.perturbations import Perturbation
 from methods import masks
 from methods.training.config import TrainingConfig
 from methods.training.ibp import IBP
 from methods.training.natural import Natural
 from methods.training.objective import Objective
-from runs import measure
-from runs.cell import SCHEMA, Cell, Data, Perturb, Training
+from runs import channels, deviations, measure
+from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier
 from runs.packages import ours
 from runs.progress import Progress
 from runs.store import DONE, Record, Slot, Store, file_sha256
@@ -148,9 +149,16 @@ class Execute:
             "size": measure.sizes(model, mask, x[:1]),
             "mask": {"structured": mask.structured, "density": mask.density, "layers": mask.layer_density},
             "results": results,
+            **self._channels(cell, model, mask, packs),
             "environment": measure.environment(self.device),
             "timing": {"seconds": time.perf_counter() - started},
         }
+
+    def _channels(self, cell: Cell, model: nn.Module, mask: masks.Mask, packs: Packs) -> dict[str, Any]:
+        """What the USN metrics say of each channel of the finished network, on validation images."""
+        if cell.pruning.method != "usn":
+            return {}
+        return {"channels": channels.describe(build_config(cell), model, mask, packs.val, self.device)}
 
     def _trained(
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
@@ -221,6 +229,7 @@ class Execute:
                 "phases": list(outcome.history.phases),
                 "validation": dict(selected.validation) if selected else {},
                 "timing": {"seconds": outcome.history.seconds, "peak_mb": peak.mb},
+                **remarks(outcome),
             },
         }
         slot.write_history([*outcome.history.to_dicts(), line])
@@ -288,13 +297,25 @@ def build_config(cell: Cell) -> Any:
         raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
     if isinstance(layers := own.get("layers"), str):
         own["layers"] = tuple(layers.split("+"))
+    if isinstance(named := own.get("perturbation"), str):
+        wanted = Perturb.parse(named)
+        own["perturbation"] = measure.perturbation(wanted.kind, wanted.magnitude)
     return config_class(ratio=cell.pruning.ratio, epochs=cell.training.epochs, training=training, **own)
 
 
 def total_epochs(config: Any) -> int:
     """Epochs that a configuration pays for in all."""
     total = getattr(config, "total_epochs", None)
-    return int(total) if total is not None else int(config.epochs + config.finetune_epochs)
+    return int(total) if total is not None else int(config.epochs + getattr(config, "finetune_epochs", 0))
+
+
+def remarks(outcome: Any) -> dict[str, Any]:
+    """What a method says of its own outcome: whether the network predicts a constant, and what was changed."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name in ("collapsed", "notes", "ratio")
+        if (value := getattr(outcome, name, None)) is not None
+    }
 
 
 def certify_one(
@@ -322,7 +343,10 @@ def certify_one(
         fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start)
         slot.append_examples(fresh)
         own += fresh
-    return summarise(perturbation, own, pack.task)
+    result = summarise(perturbation, own, pack.task)
+    if cell.verifier.method == deviations.METHOD:
+        result |= deviations.summarise(own, cell.verifier.delta)
+    return result
 
 
 def verdicts(
@@ -331,6 +355,8 @@ def verdicts(
     """One row per image: clean result, verdict, certified margin, unstable ReLUs, seconds, peak memory."""
     p = measure.perturbation(perturbation.kind, perturbation.magnitude)
     verifier = cell.verifier
+    if verifier.method == deviations.METHOD:
+        return _deviations(perturbation, p, verifier, model, x, y, pack, start)
     with torch.no_grad():
         outputs = model(x)
     spec: certify.Spec
@@ -363,6 +389,21 @@ def verdicts(
         }
         for i, (value, status, lower, seconds, count) in enumerate(columns)
     ]
+
+
+def _deviations(
+    perturbation: Perturb, p: Perturbation, verifier: Verifier, model: nn.Module, x: Tensor, y: Tensor, pack: Any,
+    start: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    if pack.task != "keypoints":
+        raise ValueError(
+            f"the verifier {deviations.METHOD!r} measures how far keypoints move, but {pack.name} has classes; "
+            "use --verifier auto"
+        )
+    visible = pack.extras.get("visibility")
+    seen = None if visible is None else visible[start : start + len(x)]
+    rows = deviations.verdicts(model, x, y, seen, p, verifier, start)
+    return [{"perturbation": perturbation.label, "data": pack.fingerprint, **row} for row in rows]
 
 
 def summarise(perturbation: Perturb, rows: Sequence[dict[str, Any]], task: str) -> dict[str, Any]:

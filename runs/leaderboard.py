@@ -176,7 +176,7 @@ def _table(perturbation: Perturb, groups: Sequence[Sequence[_Measured]]) -> Tabl
 
 
 def _name(cell: Cell) -> tuple[str, float, str]:
-    return cell.pruning.method, cell.pruning.ratio, cell.training.label
+    return cell.pruning.label, cell.pruning.ratio, cell.training.label
 
 
 def _training_id(group: Sequence[_Measured]) -> str:
@@ -198,6 +198,10 @@ def _row(group: Sequence[_Measured], dense: Sequence[_Measured] | None, perturba
         if m.result is None and m.record.get("error")
     )
     method, ratio, training = _name(cell)
+    # A network that ignores its input is certified trivially.
+    constant = sum(bool(m.record.get("training", {}).get("collapsed")) for m, _ in done)
+    if constant:
+        note = ", ".join(filter(None, (note, f"constant predictor in {constant} of {len(done)} seeds")))
     if not done:
         images = cell.verifier.images
         return Row(method, ratio, training, note, (), images, errors, paper.describe(None, 0.0))

@@ -21,6 +21,9 @@ from certify.bounds.interval import intervals
 from certify.perturbations import Perturbation
 from methods import masks
 
+JOINT_CONTRAST = 2.55
+"""Contrast radius of the joint perturbation over its brightness radius: the USN paper trains at 1/255 with 0.01."""
+
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "torch-pruning", "timm")
 
 
@@ -133,5 +136,10 @@ def perturbation(kind: str, magnitude: float) -> Perturbation:
         "l2": certify.L2,
         "brightness": certify.Brightness,
         "contrast": certify.Contrast,
+        "rotation": certify.Rotation,
+        "hue": certify.Hue,
+        "saturation": certify.Saturation,
     }
+    if kind == "joint":
+        return certify.BrightnessContrast(magnitude, JOINT_CONTRAST * magnitude)
     return kinds[kind](magnitude)

@@ -96,7 +96,7 @@ _DATA: Mapping[str, str] = {
     "CIFAR10": "cifar10",
     "celeba-hq": "celeba_hq",
 }
-_COMPLETE = ("auto", "bab", "complete", "milp")
+_COMPLETE = ("auto", "bab", "complete", "milp", "line", "deviation")
 
 
 def _rows(name: str) -> list[dict[str, str]]:
@@ -204,8 +204,9 @@ def compare(cell: Cell, perturbation: Perturb) -> Comparison | None:
     """
     family = cell.data.name.partition(":")[0]
     found: list[tuple[tuple[float, ...], Comparison]] = []
+    ours = {"none": "usn", "usn-w0": "usn"}.get(cell.pruning.label, cell.pruning.label)
     for printed in load():
-        if printed.method != cell.pruning.method or printed.perturbation is None:
+        if printed.method != ours or printed.perturbation is None:
             continue
         if printed.data != family and not family.startswith(f"{printed.data}_"):
             continue
@@ -243,6 +244,10 @@ def _differences(printed: Printed, cell: Cell, perturbation: Perturb) -> list[st
             f"training radius: {cell.training.label}, not {printed.perturbation.label}",
         ),
         (
+            printed.paper == USN and f"rule {_rule(cell)}" != printed.note,
+            f"{_rule(cell)}, not {printed.note.removeprefix('rule ')}",
+        ),
+        (
             printed.epochs is not None and printed.epochs != cell.training.epochs,
             f"epochs: {cell.training.epochs}, not {printed.epochs}",
         ),
@@ -261,6 +266,12 @@ def _differences(printed: Printed, cell: Cell, perturbation: Perturb) -> list[st
         ),
     ]
     return [text for differs, text in checks if differs]
+
+
+def _rule(cell: Cell) -> str:
+    """The pruning rule and λ_W of a cell as the USN paper's tables name them."""
+    name = {"none": "none, λ_W=10", "usn": "usn, λ_W=10", "usn-w0": "usn, λ_W=0"}
+    return name.get(cell.pruning.label, cell.pruning.label)
 
 
 def _same_verifier(printed: str, ours: str) -> bool:

@@ -31,7 +31,8 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     return figure, axes[:panels]
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """A figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -95,7 +96,7 @@ def _against_sparsity(
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     _legend(figure, methods, trainings, lines=True)
-    return _png(figure)
+    return png(figure)
 
 
 def verified_against_sparsity(tables: Sequence[Table]) -> bytes:
@@ -145,7 +146,7 @@ def clean_against_verified(tables: Sequence[Table]) -> bytes:
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.25)
     _legend(figure, methods, trainings, lines=False)
-    return _png(figure)
+    return png(figure)
 
 
 def all_plots(tables: Sequence[Table]) -> list[tuple[str, bytes]]:

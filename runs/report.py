@@ -271,7 +271,7 @@ def as_json(tables: Sequence[Table], records: Sequence[Record]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-_STYLE = """
+STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;color:#222}
 h1{font-size:1.6rem}h2{font-size:1.15rem;margin:2.2rem 0 .2rem}
 .sub,.note{color:#555;font-size:.9rem;margin:.15rem 0}.bad{color:#a40000}
@@ -306,7 +306,7 @@ def as_html(tables: Sequence[Table], records: Sequence[Record], plots: Sequence[
     out = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>certprune leaderboard</title><style>{_STYLE}</style></head><body>",
+        f"<title>certprune leaderboard</title><style>{STYLE}</style></head><body>",
         "<h1>Does pruning make networks easier to certify?</h1>",
         f'<p class="sub">{len(records)} trained and certified networks, {len(tables)} tables.</p>',
     ]

@@ -213,7 +213,8 @@ def tighten(
             low, high = limits(lines, splits)
             functional, constant = net.start_units(k, u, torch.full_like(u, way, dtype=net.lo.dtype))
             theta = memory.theta[side][u].t().clamp(low, high)
-            best = ascend(net, Problems(k, functional, constant, lines, theta, low, high), steps, target=0.0)
+            problems = Problems(k, functional, constant, lines, theta, low, high)
+            best = ascend(net, problems, steps, target=0.0, rate=0.2 if record else 0.1)
             if record:
                 memory.theta[side][u] = best.theta.t()
                 memory.weight[side][u] = best.kept.clamp(max=0).neg().t()

@@ -78,8 +78,13 @@ def extremes(lo: Tensor, hi: Tensor, weight: Tensor) -> MeanBounds:
         first = torch.cat([zero, (below * values).cumsum(-1)], -1)
         last = torch.cat([(above * values).flip(-1).cumsum(-1).flip(-1), zero], -1)
         mass, moment = first + last
-        return moment / mass  # 0 / 0 where all weights of a threshold underflow
+        return torch.where(mass > least, moment / mass.clamp(min=least), torch.nan)
 
-    high = torch.nan_to_num(means(light, heavy), nan=-torch.inf).amax(-1)
-    low = torch.nan_to_num(means(heavy, light), nan=torch.inf).amin(-1)
+    # Where all weights of a threshold underflow, its mean is lost. The threshold that attains the extreme has it between
+    # the coordinates on its two sides, so the coordinate beyond stands in; without one the threshold attains nothing.
+    least = torch.finfo(lo.dtype).tiny / torch.finfo(lo.dtype).eps
+    offset, none = g - base, torch.full_like(base, torch.inf)
+    above, below = means(light, heavy), means(heavy, light)
+    high = torch.where(above.isnan(), torch.cat([offset, -none], -1), above).amax(-1)
+    low = torch.where(below.isnan(), torch.cat([none, offset], -1), below).amin(-1)
     return MeanBounds(low + base[:, 0], high + base[:, 0])

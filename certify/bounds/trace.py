@@ -100,6 +100,7 @@ class _Recorder(TorchFunctionMode):
         self.nodes: list[Node] = []
         self._index: dict[int, int] = {}
         self._alive: list[Tensor] = []  # ids stay unique only while the tensors live
+        self._version: dict[int, int] = {}  # how often each had been written to when it was recorded
         self._paths: list[str] = [""]
 
     def entering(self, name: str) -> Callable[..., None]:
@@ -125,8 +126,18 @@ class _Recorder(TorchFunctionMode):
         if value.ndim == 0 or len(value) != self.batch:
             raise ValueError(f"a step in module {self.path!r} does not keep the batch axis first: {tuple(value.shape)}")
         self.nodes.append(Node(op, inputs, tuple(value.shape[1:])))
-        self._index[id(value)] = len(self.nodes) - 1
+        self._know(value, len(self.nodes) - 1)
+
+    def _know(self, value: Tensor, index: int) -> None:
+        self._index[id(value)] = index
         self._alive.append(value)
+        if not value.is_inference():
+            self._version[id(value)] = value._version
+
+    def _overwritten(self, value: object) -> bool:
+        """Whether a traced tensor has been written to, through another one of its memory, since it was recorded."""
+        known = self._version.get(id(value))
+        return isinstance(value, Tensor) and known is not None and value._version != known
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -158,6 +169,11 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedOperation(
                 f"operation {name!r} in module {self.path!r} writes into a view; use the out-of-place form"
             )
+        if any(self._overwritten(v) for v in _flatten((args, kwargs))):
+            raise UnsupportedOperation(
+                f"operation {name!r} in module {self.path!r} reads a view whose memory was written to after the view was "
+                "made; use the out-of-place form of what writes"
+            )
         try:
             op, sources, *known = handler(self, *args, **kwargs)
         except TypeError as error:
@@ -168,8 +184,7 @@ class _Recorder(TorchFunctionMode):
         if op is None:
             source = self.find(sources[0])
             assert source is not None
-            self._index[id(value)] = source
-            self._alive.append(value)
+            self._know(value, source)
         elif isinstance(value, (list, tuple)):
             for position, part in enumerate(value):
                 self.add(_piece(op, position), self._sources(sources), part)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from runs.suites.plan import Plan, Selection, plan, preset_names, suites
+from runs.suites.plan import Plan, Selection, plan, preset_names, suites, variants
 
-__all__ = ["Plan", "Selection", "plan", "preset_names", "suites"]
+__all__ = ["Plan", "Selection", "plan", "preset_names", "suites", "variants"]

@@ -12,6 +12,7 @@ from runs.suites.preset import Block, Preset
 
 _SUITES: Mapping[str, str] = {
     "arena": "every pruning method on the same networks, data and budgets, certified in the same way",
+    "usn": "USN pruning and its baselines on keypoints: the paper's Tables I to III, Figures 3 and 4, and studies",
 }
 
 
@@ -87,7 +88,10 @@ def plan(suite: str, preset: str, selection: Selection) -> Plan:
     names = selection.datasets or chosen.default
     for name in names:
         check(f"data set of preset {preset}", name, available)
-    blocks = [_narrow(block, selection) for name in names for block in chosen.blocks if block.data.name == name]
+    blocks = []
+    for name in names:
+        siblings = [block for block in chosen.blocks if block.data.name == name]
+        blocks += [_narrow(block, selection, siblings) for block in siblings]
     pairs = list(dict.fromkeys(pair for block in blocks for pair in block.cells()))
     if not pairs:
         raise ValueError("this selection leaves no cell to run: " + _what(selection))
@@ -106,11 +110,25 @@ def _what(selection: Selection) -> str:
     return ", ".join(given) or "nothing selected"
 
 
-def _narrow(block: Block, selection: Selection) -> Block:
+def _rule_names(blocks: Iterable[Block]) -> list[str]:
+    """Names by which the rules of some blocks may be asked for."""
+    rules = [rule for block in blocks for rule in block.rules]
+    return [name for rule in rules for name in (rule.variant, rule.method) if name]
+
+
+def variants(suite: str) -> tuple[str, ...]:
+    """Names of rules that a suite knows besides the pruning methods."""
+    module = importlib.import_module(f"runs.suites.{suite}") if suite in _SUITES else None
+    return tuple(getattr(module, "VARIANTS", ()))
+
+
+def _narrow(block: Block, selection: Selection, siblings: Sequence[Block]) -> Block:
+    """``block`` as the selection wants it; ``siblings`` are all blocks of its data set, which may hold other rules."""
     if selection.methods is not None:
         for name in selection.methods:
-            check(f"method on {block.data.name}", name, dict.fromkeys(rule.method for rule in block.rules))
-        block = replace(block, rules=tuple(rule for rule in block.rules if rule.method in selection.methods))
+            check(f"method on {block.data.name}", name, dict.fromkeys(_rule_names(siblings)))
+        wanted = set(selection.methods)
+        block = replace(block, rules=tuple(r for r in block.rules if {r.method, r.variant} & wanted))
     if selection.ratios is not None:
         block = replace(
             block,

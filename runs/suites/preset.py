@@ -19,13 +19,15 @@ class Schedule:
 class Rule:
     """One pruning method in a block and the ratios at which it runs; ``settings`` are fields of its configuration.
 
-    ``networks`` is how many times a full training is paid for (iterative methods train several).
+    ``networks`` is how many times a full training is paid for (iterative methods train several). ``variant`` is another
+    name by which the rule may be asked for, where one method stands for several rules.
     """
 
     method: str
     ratios: tuple[float, ...] = (0.0,)
     settings: Settings = ()
     networks: float = 1.0
+    variant: str = ""
 
 
 @dataclass(frozen=True)

@@ -143,3 +143,45 @@ def test_training_mode_and_budgets_are_checked(task):
     with pytest.raises(ValueError, match="seconds > 0"):
         certify.Budget(seconds=0)
     assert certify.Budget().seconds == math.inf
+
+
+def test_complete_verifiers_agree_and_leave_nothing_open(task):
+    _, x, y = task
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 10), nn.ReLU(), nn.Linear(10, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    net.eval()
+    x, y, eps = x[:6], y[:6], torch.linspace(0.02, 0.4, 6)
+    answers = {
+        method: certify.verify(net, x, certify.Classification(y), certify.Linf(eps), method=method)
+        for method in ("auto", "bab", "milp")
+    }
+    for cert in answers.values():
+        assert set(cert.status.tolist()) <= {Status.HOLDS, Status.VIOLATED}
+        assert torch.equal(cert.status, answers["milp"].status)
+        broken = cert.status == Status.VIOLATED
+        assert (net(cert.counterexamples[broken]).argmax(1) != y[broken]).all()
+    assert 0 < (answers["bab"].status == Status.HOLDS).sum() < 6
+
+
+def test_a_spent_budget_is_a_timeout(task):
+    net, x, y = task
+    radius = certify.Linf(0.12)
+    short, long = (
+        certify.verify(net, x, certify.Classification(y), radius, method="bab", budget=certify.Budget(s), attack=False)
+        for s in (1e-9, 20)
+    )
+    assert (short.status == Status.TIMEOUT).any()
+    settled = short.status != Status.TIMEOUT
+    assert torch.equal(short.status[settled], long.status[settled])
+    assert (short.lower <= 1e-6)[short.status == Status.TIMEOUT].all()
+
+
+def test_line_methods_need_few_parameters(task):
+    net, x, y = task
+    with pytest.raises(ValueError, match="few parameters"):
+        certify.verify(net, x, certify.Classification(y), certify.Linf(0.1), method="line")
