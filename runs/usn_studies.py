@@ -3,7 +3,8 @@
 python -m runs.usn_studies variance --results results     how far a channel's importance scatters with the copies m
 python -m runs.usn_studies strip --results results        images under growing perturbation with the predicted keypoints
 
-The studies that train are presets: ``python -m runs.compare usn --preset lambda|joint|geometric|incomplete|hue|backbone``.
+The studies that train are presets of ``python -m runs.compare usn``: ``lambda``, ``joint``, ``geometric``,
+``incomplete``, ``hue`` and ``backbone``.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def strip(model: nn.Module, x: Tensor, y: Tensor, rows: Sequence[tuple[str, Any,
     figure = Figure(figsize=(2.1 * steps, 2.4 * len(rows) + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), steps, squeeze=False)
-    truth = y[0].cpu().unflatten(0, (-1, 2))
+    truth = y[0].detach().cpu().unflatten(0, (-1, 2))
     with torch.no_grad():
         still = model(x)
     for line, (heading, p, magnitude) in zip(axes, rows):
