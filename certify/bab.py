@@ -248,7 +248,7 @@ class _Run:
         """The network with the bounds of its undecided units improved at the root, and how."""
         memories: Memories = {}
         lo, hi = net.lo.clone().unsqueeze(1), net.hi.clone().unsqueeze(1)
-        rough = net.cast(torch.float32)
+        rough = net if self.x.dtype == torch.float64 else net.cast(torch.float32)  # what the search runs in
         for k in range(2, len(net.blocks) + 1):
             tighten(rough, net, k, lo, hi, self.settings.root_steps, memories=memories, deadline=self.deadline)
         # Both ends are sound and the region is not empty, so crossing ends differ by rounding alone.

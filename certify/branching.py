@@ -31,15 +31,18 @@ class Settings:
 
     Attributes:
         columns: subproblems bounded at a time.
-        steps: steps of dual ascent a subproblem, `root_steps` for the first.
+        steps: most steps of dual ascent a subproblem, `root_steps` for the first.
+        patience: steps after which those without prospects are given up and split.
         refresh_steps: steps of ascent a unit when the bounds of a subproblem's units are tightened.
         refresh_every: splits between two tightenings at first; the search adapts it.
+        refresh_share: share of the work that tightening should take while it helps.
     """
 
     columns: int = 512
-    steps: int = 8
+    steps: int = 12
+    patience: int = 4
     root_steps: int = 30
-    refresh_steps: int = 3
+    refresh_steps: int = 2
     refresh_every: int = 3
     refresh_share: float = 0.7
 
@@ -101,7 +104,7 @@ class Search:
         self._refresh_at_once = max(1, 8192 // max(1, columns))
         self._refresh_cost = columns * settings.refresh_steps
         # Splits needed below a subproblem from which on tightening it first is cheaper: a guess, corrected as we go.
-        self._worth = math.log2(max(2.0, self._refresh_cost / (2 * settings.steps)))
+        self._worth = math.log2(max(2.0, self._refresh_cost / (2 * settings.patience)))
         self._refreshing = self._splitting = 0  # steps of ascent spent on either
 
         self._gain = 0.0  # what a split brings, a running mean
@@ -131,7 +134,7 @@ class Search:
             "weights": weights.to(net.lo),
             **{name: zeros.clone() for name in ("depth", "since", "table")},
         }
-        self._bound(state, self.settings.root_steps)
+        self._bound(state, root=True)
 
     def step(self) -> None:
         """Take the worst subproblems; tighten those that are due and split the others."""
@@ -160,8 +163,8 @@ class Search:
         children = {name: torch.cat([value, value]) for name, value in parents.items()}
         children["sign"][at, unit] = 1
         children["sign"][at + len(at), unit] = -1
-        self._splitting += 2 * len(unit) * self.settings.steps
-        gain = self._bound(children, self.settings.steps)
+        self._splitting += 2 * len(unit) * self.settings.patience
+        gain = self._bound(children)
         self._gain = gain if not self._gain else 0.9 * self._gain + 0.1 * gain
 
     def _refresh(self, state: State) -> None:
@@ -180,14 +183,14 @@ class Search:
         state = {name: value[possible] for name, value in state.items()}
         state["table"] = self.tables.add(lo.t(), hi.t())
         state["since"] = torch.zeros_like(state["since"])
-        gain = self._bound(state, self.settings.steps)
+        gain = self._bound(state)
         # Where it brings no more than a single split it is done less often.
-        if gain < self._gain:
+        if gain < 0.5 * self._gain:
             self.refresh_every = min(2 * self.refresh_every, 1 << 20)
         elif gain > 2 * self._gain:
             self.refresh_every = max(2, self.refresh_every - 1)
 
-    def _bound(self, state: State, steps: int) -> float:
+    def _bound(self, state: State, root: bool = False) -> float:
         """Bound subproblems, drop what is decided, put the rest with their next unit back.
 
         Returns:
@@ -204,7 +207,10 @@ class Search:
         theta = state["theta"].t().to(lo.dtype).clamp(low, high)
         mixed = weights if self.any_row else None
         problems = Problems(len(net.blocks) + 1, functional, constant, lines, theta, low, high, mixed)
-        best = ascend(net, problems, steps, self.margin, rate=0.2 if steps == self.settings.root_steps else 0.06)
+        if root:
+            best = ascend(net, problems, self.settings.root_steps, self.margin, rate=0.2)
+        else:
+            best = ascend(net, problems, self.settings.steps, self.margin, patience=self.settings.patience)
         self.tally.domains += len(constant)
         self.tally.depth = max(self.tally.depth, int(state["depth"].max()))
         if best.weights is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import certify
-from certify.perturbations import Perturbation
+from certify.perturbations import AffineFamily, Perturbation
 from runs import measure
 from runs.cell import Verifier
 
@@ -161,6 +161,9 @@ def single_shot(
     found: dict[str, list[float | None] | None] = {}
     for method in SINGLE_SHOT:
         count = min(crown, len(x)) if method == "crown" else len(x)
+        if method == "forward" and not isinstance(p, AffineFamily):
+            found[method] = None  # as a box it has one parameter for every pixel
+            continue
         values: list[float | None] = [None] * len(x)
         try:
             # One image at a time: a network's intermediate rows of a whole batch do not fit into memory.

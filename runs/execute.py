@@ -35,6 +35,7 @@ from runs import channels, deviations, measure
 from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier
 from runs.packages import ours
 from runs.progress import Progress
+from runs.shifts import Shifted
 from runs.store import DONE, Record, Slot, Store, file_sha256
 
 BATCH = 20
@@ -203,6 +204,8 @@ class Execute:
 
         augment = packs.train.augmentation if cell.data.augment else None
         batches = packs.train.batches(cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment)
+        if cell.data.augment and packs.train.task == "keypoints":
+            batches = Shifted(batches, cell.seed)
         val = packs.val.batches(256, device=self.device, shuffle=False)
         folder = slot.path / "training"
         progress.step(cell, "training", 0, total)

@@ -178,6 +178,8 @@ def _optimise(
     for _ in range(steps):
         with torch.enable_grad():
             now = bound({k: Slopes(v.entries, value[k]) for k, v in begin.items()})
+            if not now.requires_grad:
+                break  # every free line lies below an operation that is bounded by its interval
             gradients = torch.autograd.grad(now.sum(), list(value.values()), allow_unused=True)
         with torch.no_grad():
             better = now > best

@@ -54,23 +54,16 @@ def limits(lines: Lines, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Ascended:
-    """For every column: the best bound (B,), its parameters, and coefficients there (see `ReluNet.pull`)."""
+    """For every column the best bound (B,) with its parameters, and the coefficients of the last step.
+
+    `kept` and `at_input` are as `ReluNet.pull` returns them.
+    """
 
     lower: Tensor
     theta: Tensor
     weights: Tensor | None
     kept: Tensor
     at_input: Tensor
-
-    def where(self, which: Tensor, other: Ascended) -> Ascended:
-        """With the columns of `other` where `which` (B,)."""
-        return Ascended(
-            torch.where(which, other.lower, self.lower),
-            torch.where(which, other.theta, self.theta),
-            None if self.weights is None or other.weights is None else torch.where(which, other.weights, self.weights),
-            torch.where(which, other.kept, self.kept),
-            torch.where(which, other.at_input, self.at_input),
-        )
 
     def select(self, columns: Tensor) -> Ascended:
         """Some columns."""
@@ -92,50 +85,72 @@ class Ascended:
             self.at_input.index_copy(1, at, other.at_input),
         )
 
+    def step(self, bound: Tensor, tried: Problems, kept: Tensor, at_input: Tensor) -> Ascended:
+        """After one more evaluation, which gave `bound`."""
+        better = bound > self.lower
+        weights = self.weights
+        if weights is not None and tried.weights is not None:
+            weights = torch.where(better, tried.weights, weights)
+        theta = torch.where(better, tried.theta, self.theta)
+        return Ascended(torch.maximum(bound, self.lower), theta, weights, kept, at_input)
+
 
 def ascend(
-    net: ReluNet, problems: Problems, steps: int, target: float, *, rate: float = 0.06, multiplier_rate: float = 0.7
+    net: ReluNet,
+    problems: Problems,
+    steps: int,
+    target: float,
+    *,
+    rate: float = 0.1,
+    multiplier_rate: float = 0.3,
+    patience: int | None = None,
 ) -> Ascended:
     """Adam on the dual; columns whose bound passes `target` are left as they are from then on.
 
     `rate` is the first step of slopes, `multiplier_rate` that of multipliers in units of the root mean square of the
-    coefficients they are added to. With little momentum a handful of steps is enough: starts are warm.
-
-    Returns:
-        What belongs to the best bound of each column, never worse than the start.
+    coefficients they are added to. With little momentum a handful of steps is enough: starts are warm. After `patience`
+    steps only those columns go on that would reach the target in as many steps again at the pace of the last two.
+    Returns the best bounds seen, never worse than the start.
     """
     now, running = problems, torch.arange(len(problems.constant), device=problems.constant.device)
     best: Ascended | None = None
     result: Ascended | None = None
     scale: Tensor | None = None
     first = second = now.theta.new_zeros(())
+    paces: list[Tensor] = []
     for step in range(steps):
         functional, constant = now.functional, now.constant
         if now.weights is not None:
             functional, constant = net.start(now.weights)
         bound, c, at_input = net.pull(functional, constant, now.upto, now.lines, now.theta)
-        tried = Ascended(bound, now.theta, now.weights, c, at_input)
-        best = tried if best is None else best.where(bound > best.lower, tried)
+        before = bound if best is None else best.lower
+        if best is None:
+            best = Ascended(bound, now.theta, now.weights, c, at_input)
+        else:
+            best = best.step(bound, now, c, at_input)
+        paces = [*paces[-1:], best.lower - before]
         last = step == steps - 1
-        open_ = best.lower <= target
-        left = int(open_.sum())
+        going = best.lower <= target
+        if patience is not None and step >= patience:
+            going &= best.lower + sum(paces) * (patience / 2) > target
+        left = int(going.sum())
         if last or left <= 0.75 * len(running):
             result = best if result is None else result.put(running, best)
             if last or not left:
                 break
-            stay = open_.nonzero().flatten()
+            stay = going.nonzero().flatten()
             running, now, best = running[stay], now.select(stay), best.select(stay)
-            c, at_input = c[:, stay], at_input[:, stay]
+            c, at_input, paces = best.kept, best.at_input, [pace[stay] for pace in paces]
             if scale is not None:
                 first, second, scale = first[:, stay], second[:, stay], scale[:, stay]
         g, values = net.gradient(at_input, c, now.upto, now.lines, now.theta)
         if scale is None:
             # Slopes live in [0, 1]; multipliers have the scale of the coefficients they are added to.
-            typical = multiplier_rate / rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
-            scale = torch.where(now.lines.undecided > 0, torch.ones_like(c), typical)
+            typical = multiplier_rate * c.square().mean(0, keepdim=True).sqrt().clamp_min(1e-12)
+            scale = torch.where(now.lines.undecided > 0, rate, typical)
         first = 0.5 * first + 0.5 * g
         second = 0.999 * second + 0.001 * g * g
-        size = rate * 0.98**step / (1 - 0.5 ** (step + 1))
+        size = 0.98**step / (1 - 0.5 ** (step + 1))
         move = size * scale * first / ((second / (1 - 0.999 ** (step + 1))).sqrt() + 1e-12)
         now = dataclasses.replace(now, theta=(now.theta + move).clamp(now.low, now.high))
         if now.weights is not None:

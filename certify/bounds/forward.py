@@ -278,10 +278,10 @@ def expectation(op: Expectation, v: Form) -> Form:
     deviation = ((p * (steps - (p * steps).sum(-1, keepdim=True)) ** 2).sum(-1, keepdim=True)).sqrt().sum(0)
     bent = op.span() * bend(swing, deviation**2) / 2
     far = torch.maximum(hi - lo, torch.zeros_like(lo)).amax(-1, keepdim=True)
-    most = torch.softmax(v.centre[0], -1) * torch.exp(far)  # no weight grows by more than this factor over the box
+    most = torch.log_softmax(v.centre[0], -1) + far  # no log weight grows by more than this over the box
     bias = 0 if op.bias is None else op.bias
     means = torch.maximum((box_hi - bias).unsqueeze(-1) - op.weight, op.weight - (box_lo - bias).unsqueeze(-1))
-    drift = ((most.clamp(max=1) * v.radius).unsqueeze(-2) * means).sum(-1)
+    drift = ((most.clamp(max=0).exp() * v.radius).unsqueeze(-2) * means).sum(-1)
     line = Form(torch.cat([(y + bias).unsqueeze(0), slopes]), bent + drift)
     flat = _constant(box_lo, box_hi, len(v.centre))
     use = flat.radius < line.radius

@@ -94,16 +94,17 @@ def _rules(
     return tuple(rule(name, ratios, cost, settings(**own)) for name, ratios in wanted.items())
 
 
-def _training(epochs: int, lr: float, batch: int = 64) -> Training:
-    return Training("natural", epochs, batch, None, settings(optimizer="adam", lr=lr))
+def _training(epochs: int, lr: float, batch: int = 32) -> Training:
+    return Training("natural", epochs, batch, None, settings(optimizer="adam", lr=lr, warmup_epochs=1.0))
 
 
 def _verifier(images: int, seconds: float, crown: int) -> Verifier:
     return Verifier("deviation", images, seconds, settings=settings(crown_images=crown))
 
 
-QUICK_METRIC: Mapping[str, Value] = {"m": 2, "metric_fraction": 0.25}
-"""One antithetic pair of copies on a quarter of each batch."""
+QUICK_METRIC: Mapping[str, Value] = {"m": 2, "metric_fraction": 0.25, "wide_lr_scale": 1.0}
+"""One antithetic pair of copies on a quarter of each batch. At these learning rates, with a warm-up, the wide layer does
+not collapse, and a smaller rate on it only slows the network down."""
 
 
 def smoke() -> Preset:
@@ -133,10 +134,10 @@ def smoke() -> Preset:
 
 def _quick_block(wanted: Mapping[str, tuple[float, ...]], seeds: tuple[int, ...], network: Network) -> Block:
     return Block(
-        data=Data("aircraft", val_limit=150),
+        data=Data("aircraft", val_limit=150, augment=True),
         networks=(network,),
         rules=_rules(wanted, QUARTER, **QUICK_METRIC),
-        schedules=(Schedule(_training(40, 3e-3), 1.6),),
+        schedules=(Schedule(_training(24, 2e-3), 3.0),),
         perturbations=PAPER_PERTURBATIONS,
         verifier=_verifier(30, 5.0, 0),
         seeds=seeds,
@@ -146,23 +147,23 @@ def _quick_block(wanted: Mapping[str, tuple[float, ...]], seeds: tuple[int, ...]
 
 
 def quick() -> Preset:
-    """Quick aircraft on CNN7 at an eighth of its width, one seed (three of random): half an hour on two CPU cores.
+    """Quick aircraft on CNN7 at a quarter of its width, one seed (three of random): half an hour on two CPU cores.
 
     One pair of copies on a quarter of each batch; 30 test images. ``--seeds 0 1 2`` repeats everything.
     """
-    eighth = Network("cnn7_cw", width=0.125)
-    main = _quick_block({"vanilla": (), "none": (), "usn": (0.1, 0.2, 0.3)}, (0,), eighth)
-    chance = replace(_quick_block({"random": (0.2,)}, (0, 1, 2), eighth), prepare_seconds=0)
-    others = replace(_quick_block({"usn-w0": (0.2,), "magnitude": (0.2,), "low": (0.2,)}, (0,), eighth),
+    small = Network("cnn7_cw", width=0.25)
+    main = _quick_block({"vanilla": (), "none": (), "usn": (0.1, 0.2, 0.3)}, (0,), small)
+    chance = replace(_quick_block({"random": (0.2,)}, (0, 1, 2), small), prepare_seconds=0)
+    others = replace(_quick_block({"usn-w0": (0.2,), "magnitude": (0.2,), "low": (0.2,)}, (0,), small),
                      prepare_seconds=0)  # fmt: skip
-    beside = replace(_quick_block({"none": (), "usn": (0.2,)}, (0,), Network("cnn7_nrs", width=0.125)),
+    beside = replace(_quick_block({"none": (), "usn": (0.2,)}, (0,), Network("cnn7_nrs", width=0.25)),
                      prepare_seconds=0)  # fmt: skip
     return Preset(
         name="quick",
         hardware="two CPU cores",
         at_once=2,
-        expectation="nearly every image holds at 1 px for every variant; differences show at 0.25 px, in the largest "
-        "deviation and in the number of sub-intervals",
+        expectation="most images hold at 1 px for every variant; differences show at 0.25 px, in the largest deviation "
+        "and in the number of sub-intervals",
         blocks=(main, chance, others, beside),
         default=("aircraft",),
     )
@@ -170,7 +171,7 @@ def quick() -> Preset:
 
 def _gpu_block(networks: tuple[Network, ...], wanted: Mapping[str, tuple[float, ...]], seeds: tuple[int, ...]) -> Block:
     return Block(
-        data=Data("aircraft:paper", augment=False),
+        data=Data("aircraft:paper", augment=True),
         networks=networks,
         rules=_rules(wanted, QUARTER, **QUICK_METRIC),
         schedules=(Schedule(_training(100, 3e-3), 1.0),),
@@ -237,7 +238,7 @@ def paper() -> Preset:
 
 def lambda_w() -> Preset:
     """Study: λ_W from 0 to 100, and one that grows with pruning, at ratio 0.1, where the paper says it hurts."""
-    block = _quick_block({}, (0,), Network("cnn7_cw", width=0.125))
+    block = _quick_block({}, (0,), Network("cnn7_cw", width=0.25))
     common = {**QUICK_METRIC, "prune": "high"}
     sweep = tuple(Rule("usn", (0.1,), settings(**common, lambda_w=w), QUARTER, "usn") for w in (0.0, 1.0, 10.0, 100.0))
     growing = Rule("usn", (0.1,), settings(**common, lambda_w=10.0, lambda_w_ramp="progressive"), QUARTER, "usn")
@@ -276,7 +277,7 @@ def incomplete() -> Preset:
 def _again(name: str, perturbations: tuple[Perturb, ...], expectation: str, seconds: float) -> Preset:
     """Vanilla, none, usn and random at 0.2 as quick trains them (and shares them), under other perturbations."""
     wanted: dict[str, tuple[float, ...]] = {"vanilla": (), "none": (), "usn": (0.2,), "random": (0.2,)}
-    block = _quick_block(wanted, (0,), Network("cnn7_cw", width=0.125))
+    block = _quick_block(wanted, (0,), Network("cnn7_cw", width=0.25))
     changed = replace(block, perturbations=perturbations, certify_seconds=seconds)
     return Preset(name, "two CPU cores", 2, expectation, (changed,), ("aircraft",))
 
@@ -288,7 +289,7 @@ def hue() -> Preset:
         data=Data("cifar10_subset", val_limit=500),
         networks=(Network("cnn7_cw", width=0.25),),
         rules=_rules({"vanilla": (), "none": (), "usn": (0.2,), "random": (0.2,)}, QUARTER, **own),
-        schedules=(Schedule(_training(10, 3e-3), 6.0),),
+        schedules=(Schedule(_training(10, 2e-3, 64), 6.0),),
         perturbations=(Perturb("hue", 0.02), Perturb("hue", 0.05)),
         verifier=Verifier("auto", images=50, seconds=5.0),
         seeds=(0,),

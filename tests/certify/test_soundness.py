@@ -446,7 +446,7 @@ def test_masked_and_removed_channels_have_the_same_bounds_and_verdicts(kind: str
             for name, weight in net.named_parameters()
             if weight.ndim == 4
         }
-        mask = masks.Mask.from_scores(scores, 0.4, scope="layer", structured=True)
+        mask = masks.Mask.from_scores(scores, 0.4, structured=True, groups=masks.groups(net, x[:1]))
         masked = masks.apply(_copied(net), mask)
         removed = masks.remove(net, mask, x[:1])
         assert sum(w.numel() for w in removed.parameters()) < sum(w.numel() for w in masked.parameters())

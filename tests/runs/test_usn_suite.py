@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import certify
-from runs import deviations, usn_figures, usn_report, usn_studies, usn_tables
+from runs import deviations, shifts, usn_figures, usn_report, usn_studies, usn_tables
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, from_dict, settings
 from runs.engine import SerialEngine
 from runs.execute import Execute, build_config, remarks, total_epochs
@@ -118,6 +118,49 @@ def test_settings_of_the_verifier_change_the_key_and_their_absence_does_not() ->
     assert deviations.crown_images(from_dict(own.to_dict()).verifier) == 3
 
 
+# --- moved batches
+def test_targets_move_with_their_images() -> None:
+    x = torch.zeros(40, 1, 9, 12)
+    y = torch.stack([torch.randint(3, 9, (40,)), torch.randint(3, 6, (40,))], 1).float()
+    for i, (column, row) in enumerate(y.long().tolist()):
+        x[i, 0, row, column] = 1.0
+    moves = torch.randint(-3, 4, (40, 2), generator=torch.Generator().manual_seed(0))
+    images, points = shifts.move(x, torch.cat([y, y], 1), moves, 3)
+    assert images.shape == x.shape
+    for i, (column, row) in enumerate(points[:, :2].long().tolist()):
+        assert images[i, 0, row, column] == 1.0
+        assert images[i].sum() == 1.0
+    assert torch.equal(points[:, :2], points[:, 2:])
+    ramp = torch.arange(5.0).expand(1, 1, 5, 5)
+    right, _ = shifts.move(ramp, torch.zeros(1, 2), torch.tensor([[2, 0]]), 2)
+    assert right[0, 0, 0].tolist() == [0.0, 0.0, 0.0, 1.0, 2.0]  # the border is repeated
+
+
+def test_moves_are_a_function_of_seed_and_epoch() -> None:
+    class Plain(list[tuple[Tensor, Tensor]]):
+        epoch = -1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    x = torch.rand(6, 1, 16, 16)
+    inner = Plain([(x[:4], torch.zeros(4, 2)), (x[4:], torch.zeros(2, 2))])
+
+    def passed(seed: int, epoch: int) -> Tensor:
+        batches = shifts.Shifted(inner, seed)
+        batches.set_epoch(epoch)
+        assert inner.epoch == epoch
+        assert len(batches) == 2
+        return torch.cat([y for _, y in batches])
+
+    assert torch.equal(passed(0, 3), passed(0, 3))
+    assert not torch.equal(passed(0, 3), passed(0, 4))
+    assert not torch.equal(passed(0, 3), passed(1, 3))
+    assert passed(0, 0).abs().max() <= shifts.PIXELS
+    with pytest.raises(ValueError, match="must be >= 0"):
+        shifts.Shifted(inner, 0, -1)
+
+
 # --- the certifier --------------------------------------------------------------------------------------------------
 class Gain(nn.Module):
     """Keypoint k has both coordinates at ``gains[k] * mean(x)``, through a ReLU: its move is known in closed form."""
@@ -180,6 +223,30 @@ def test_verdicts_at_every_delta_follow_from_the_largest_deviation(images: Tenso
     assert all(set(row["visible"]) == {"1"} for row in rows)
 
 
+@pytest.mark.parametrize("asked", [usn.JOINT, Perturb("rotation", 0.5), Perturb("saturation", 0.05)])
+@pytest.mark.parametrize("head", ["keypoints", "dsnt"])
+def test_other_perturbations_and_heads_are_measured_alike(asked: Perturb, head: str) -> None:
+    import models
+
+    model = models.create("cnn7_cw", 4, image_size=32 if head == "dsnt" else 16, width=0.125, head=head, seed=0).eval()
+    with torch.no_grad():  # so that something moves
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    size = 32 if head == "dsnt" else 16
+    x = 0.1 + 0.8 * torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(3))
+    p = perturbation(asked.kind, asked.magnitude)
+    verifier = Verifier("deviation", images=2, seconds=2.0)
+    rows = deviations.verdicts(model, x, model(x).detach(), None, p, verifier, start=0)
+    drawn = p.sample(x, 64, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        moved = (model(drawn.flatten(0, 1)).unflatten(0, (64, 2)) - model(x)).abs().amax((0, 2)).tolist()
+    for row, seen in zip(rows, moved):
+        assert seen > 0
+        assert row["deviation_high"] is None or row["deviation_high"] >= seen - 1e-4
+        assert all(bound is None or bound >= seen - 1e-4 for bound in row["single_shot"].values())
+        assert row["unstable"] > 0
+
+
 def test_a_timeout_leaves_the_verdict_open() -> None:
     row = {"deviation_low": 0.4, "deviation_high": None}
     assert [deviations.verdict(row, delta) for delta in (1.0, 0.5, 0.25)] == ["unknown", "unknown", "violated"]
@@ -215,11 +282,11 @@ def test_a_cell_end_to_end_and_its_resumption(tmp_path: Path) -> None:
     own = settings(m=2, metric_fraction=0.25, lambda_w=10.0, prune="high")
     cell = Cell(
         Pruning("usn", 0.5, own),
-        Training("natural", 2, 16, None, settings(lr=3e-3)),
+        Training("natural", 2, 8, None, settings(lr=3e-3)),
         Network("cnn7_cw", width=0.125),
-        Data("aircraft", limit=24, val_limit=8, settings=settings(image_size=32, workers=1)),
+        Data("aircraft", limit=16, val_limit=8, settings=settings(image_size=16, workers=1)),
         (B2, C5),
-        Verifier("deviation", images=3, seconds=5.0, settings=settings(crown_images=1)),
+        Verifier("deviation", images=2, seconds=5.0, settings=settings(crown_images=1)),
     )
     store = Store(tmp_path)
     work = Execute.on("cpu", threads=1, data_dir=None, store=store)
@@ -235,16 +302,16 @@ def test_a_cell_end_to_end_and_its_resumption(tmp_path: Path) -> None:
         assert min(layer["smooth"]) == 0 < max(layer["smooth"])
     for result in record["results"]:
         single = result["single_shot"]
-        assert [single[name]["images"] for name in deviations.SINGLE_SHOT] == [3, 3, 3, 1]
+        assert [single[name]["images"] for name in deviations.SINGLE_SHOT] == [2, 2, 2, 1]
         visible, occluded = result["keypoints"]["visible"], result["keypoints"]["occluded"]
-        assert [a + b for a, b in zip(visible["total"], occluded["total"])] == [24] * 3
+        assert [a + b for a, b in zip(visible["total"], occluded["total"])] == [24] * 2
         # A sound bound is never below a deviation that the network was seen to make.
         for row in store.slot(cell).examples():
             seen = row["deviation_low"]
             assert all(bound is None or bound >= seen - 1e-4 for bound in row["single_shot"].values())
     # Killed after the first image under the second perturbation: the torn batch is done again, with the same verdicts.
     slot = store.slot(cell)
-    slot.keep_examples(4)
+    slot.keep_examples(3)
     (slot.path / "record.json").unlink()
     (again,) = SerialEngine().run([cell], work, store, Silent())
     for new, old in zip(again["results"], record["results"]):
