@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from certify.verdicts import Budget, Status
 
 # What is kept for rounding in float64, relative to the size of the outputs and of `d`.
 MARGIN = 1e-9
+# How many batches of subproblems pass between two descents from their minimisers.
+DESCEND_EVERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,13 +185,18 @@ class _Run:
         return self.answer(Status.HOLDS if lower > self.margin else Status.UNKNOWN, lower)
 
     def _attack(self, seed: int, strength: str) -> Tensor | None:
-        from certify.attack import attack
+        from certify.attack import attack, pgd
 
         model, C, d = self.model, self.C.to(self.x), self.d.to(self.x)
         if self.any_row:
             # An image fails where the largest row is not positive: one output, one row.
             model, C, d = _LargestRow(self.model, C, d), C.new_ones(1, 1), d.new_zeros(1)
-        found = attack(model, self.x, Linear(C, d), self.p, seed=seed, strength=strength)
+        spec = Linear(C, d)
+        found = attack(model, self.x, spec, self.p, seed=seed, strength=strength)
+        if strength == "strong" and not bool(found.success.any()) and not isinstance(self.p, AffineFamily):
+            # Leaps from corner to corner of a box reach basins that small steps do not.
+            restarts = 1 + 8 * len(C)
+            found = pgd(model, self.x, spec, self.p, steps=20, restarts=restarts, step_size=2.0, seed=seed)
         return self.replay(found.inputs) if bool(found.success.any()) else None
 
     def replay(self, images: Tensor) -> Tensor | None:
@@ -204,15 +212,35 @@ class _Run:
         return images[at : at + 1] if float(worst[at]) <= 0 else None
 
     def _candidates(self, inputs: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor | None]:
-        """What replays candidate inputs of the graph: images, or the parameters of an affine family."""
+        """What replays candidate inputs of the graph: images, or the parameters of an affine family.
+
+        Every few calls the images are also starts of a descent: where bounds are lowest, other basins are than those
+        that random starts fall into.
+        """
+        calls = itertools.count()
 
         def check(columns: Tensor) -> Tensor | None:
             points = inputs(columns)
             if isinstance(self.p, AffineFamily):
-                points = torch.cat([self.p.apply(self.x, t.unsqueeze(0).to(self.x)) for t in points])
-            return self.replay(points)
+                return self.replay(torch.cat([self.p.apply(self.x, t.unsqueeze(0).to(self.x)) for t in points]))
+            found = self.replay(points)
+            if found is None and next(calls) % DESCEND_EVERY == 0:
+                found = self.replay(self._descend(points.to(self.x.dtype)))
+            return found
 
         return check
+
+    def _descend(self, x: Tensor, steps: int = 20) -> Tensor:
+        """Signed-gradient descent on the worst row (largest, for `any_row`) inside the box, in falling steps."""
+        C, d = self.C.to(x), self.d.to(x)
+        for step in range(steps):
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                rows = self.model(x) @ C.t() + d
+                (gradient,) = torch.autograd.grad((rows.amax(1) if self.any_row else rows.amin(1)).sum(), x)
+            length = (self.hi - self.lo) * (1 - step / steps)
+            x = torch.maximum(torch.minimum(x.detach() - length * gradient.sign(), self.hi), self.lo)
+        return x
 
     def _split_inputs(self, graph: Graph, region: Region, lower: float) -> Verdict:
         found = splitting.search(

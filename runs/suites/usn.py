@@ -103,8 +103,8 @@ def _verifier(images: int, seconds: float, crown: int) -> Verifier:
 
 
 QUICK_METRIC: Mapping[str, Value] = {"m": 2, "metric_fraction": 0.25, "wide_lr_scale": 1.0}
-"""One antithetic pair of copies on a quarter of each batch. At these learning rates, with a warm-up, the wide layer does
-not collapse, and a smaller rate on it only slows the network down."""
+"""One antithetic pair of copies on a quarter of each batch. At these learning rates, with a warm-up, the wide layer
+does not collapse, and a smaller rate on it only slows the network down."""
 
 
 def smoke() -> Preset:
