@@ -8,12 +8,13 @@ float64; float32 only steers the search.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,23 @@ def verify(
                 f"C must be (rows, {outputs.shape[1]}) and d (rows,), at least one row; "
                 f"got {tuple(C.shape)} and {tuple(d.shape)}"
             )
-        return _Run(model, x, p, C.double(), d.double(), budget, any_row, settings, outputs).decide(attack, seed)
+        with _one_thread(x):
+            return _Run(model, x, p, C.double(), d.double(), budget, any_row, settings, outputs).decide(attack, seed)
+
+
+@contextlib.contextmanager
+def _one_thread(x: Tensor) -> Iterator[None]:
+    """One thread inside operations on the CPU.
+
+    They are so short that waiting for a second one costs more than it brings, many times more where its core is busy.
+    """
+    threads = torch.get_num_threads()
+    if x.device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Run:

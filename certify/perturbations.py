@@ -20,7 +20,6 @@ import abc
 import dataclasses
 from typing import ClassVar
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -210,7 +209,8 @@ class Box(Perturbation):
     def check(self, x: Tensor) -> None:
         super().check(x)
         for end in (self.lo, self.hi):
-            if np.broadcast_shapes(end.shape, x.shape) != x.shape:
+            pairs = zip(reversed(end.shape), reversed(x.shape))
+            if end.ndim > x.ndim or any(a not in (1, b) for a, b in pairs):
                 raise ValueError(f"a box of shape {tuple(end.shape)} does not fit inputs of shape {tuple(x.shape)}")
             if not self.clip and not bool(torch.isfinite(end).all()):
                 raise ValueError("unbounded box: some ends are infinite, and so is every bound; give finite ends")

@@ -233,8 +233,8 @@ def max_pool(op: MaxPool2d, v: Form) -> Form:
     """
     pool = op.forward
     ahead = [(pool(v.centre[0] + c) - pool(v.centre[0] - c)) / 2 for c in v.centre[1:]]
-    slope = torch.stack(ahead) if ahead else v.centre[:0]
     pick = op.relax(*v.interval()).pick
+    slope = torch.stack(ahead) if ahead else v.centre.new_zeros(0, *pick.shape)
     low = torch.full_like(pick, -torch.inf, dtype=v.radius.dtype)
     high = low.clone()
     cuts = _places(op, v, pick)

@@ -171,8 +171,8 @@ class _Recorder(TorchFunctionMode):
             )
         if any(self._overwritten(v) for v in _flatten((args, kwargs))):
             raise UnsupportedOperation(
-                f"operation {name!r} in module {self.path!r} reads a view whose memory was written to after the view was "
-                "made; use the out-of-place form of what writes"
+                f"operation {name!r} in module {self.path!r} reads a view whose memory was written to after the view "
+                "was made; use the out-of-place form of what writes"
             )
         try:
             op, sources, *known = handler(self, *args, **kwargs)

@@ -8,8 +8,6 @@ from certify.bounds import Region, trace
 from certify.bounds.alpha import alpha_intervals, alpha_rows, rows_with
 from certify.bounds.crown import crown_intervals, crown_rows
 
-torch.set_default_dtype(torch.float32)
-
 
 class Residual(nn.Module):
     def __init__(self) -> None:
@@ -89,8 +87,6 @@ def test_chunks_do_not_change_the_bounds() -> None:
 
 
 def test_one_unit_by_hand() -> None:
-    # y = relu(x) - x/2 on [-1, 2] has its minimum 0 at 0. CROWN takes slope 1 below, hence min of x/2 = -1/2; slope 1/2
-    # gives 0.
     net = nn.Sequential(nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
     with torch.no_grad():
         net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))

@@ -6,6 +6,7 @@ float64 on members of the set (random ones, ends, corners, the outcome of gradie
 The slow test at the end searches for minutes; `CERTPRUNE_SEARCH` says for how many seconds.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -35,7 +36,7 @@ BUDGET = certify.Budget(seconds=20)
 # An attack may fail to reproduce a margin below this share of the outputs' size: that is what float32 resolves.
 ROUNDING = 2e-5
 
-repeated = settings(derandomize=True, deadline=None, max_examples=24, database=None)
+repeated = settings(derandomize=True, deadline=None, max_examples=16, database=None)
 
 
 # -- networks ----------------------------------------------------------------------------------------------------------
@@ -309,8 +310,6 @@ def lowest_seen(net: nn.Module, x: Tensor, spec: certify.specs.Spec, p: Perturba
 
 
 def _double(net: nn.Module) -> nn.Module:
-    import copy
-
     return copy.deepcopy(net).double()
 
 
@@ -346,7 +345,7 @@ def replayed(net: nn.Module, x: Tensor, spec: certify.specs.Spec, p: Perturbatio
     return int((cert.status == Status.VIOLATED).sum())
 
 
-@settings(repeated, max_examples=30)
+@settings(repeated, max_examples=20)
 @given(SEEDS, st.sampled_from(sorted(KINDS)), st.sampled_from(sorted(PERTURBATIONS)), st.sampled_from([0.05, 0.3, 1.0]))
 def test_no_verdict_is_refuted(seed: int, kind: str, name: str, size: float) -> None:
     net, x = network(kind, seed), images(3, seed)
@@ -387,12 +386,12 @@ def test_verdicts_are_monotone_in_the_radius(seed: int, kind: str, name: str) ->
 # -- exact answers -----------------------------------------------------------------------------------------------------
 
 
-@settings(repeated, max_examples=16)
-@given(SEEDS, st.sampled_from(KINKED), st.sampled_from(["linf", "linf-unclipped", "box", "brightness", "contrast", "blur"]))
+@settings(repeated, max_examples=12)
+@given(SEEDS, st.sampled_from(KINKED), st.sampled_from(["linf", "linf-unclipped", "box", "brightness", "contrast"]))
 def test_complete_verifiers_agree_around_the_exact_minimum(seed: int, kind: str, name: str) -> None:
     """A property that holds, or fails, by a hair: its constant puts the exact minimum just above or below zero."""
     net, x = _double(network(kind, seed)), images(1, seed).double()
-    p = _precise(PERTURBATIONS[name](x, seed, 0.3))
+    p = _precise(PERTURBATIONS[name](x, seed, 0.15))
     C = torch.randn(1, 3, generator=torch.Generator().manual_seed(seed)).double()
     with torch.no_grad():
         (exact,) = milp.minimum(net, x, p, C)
@@ -400,18 +399,22 @@ def test_complete_verifiers_agree_around_the_exact_minimum(seed: int, kind: str,
         size = float((C.abs() @ net(x)[0].abs()).amax()) + abs(exact.value)
         seen = float((net(members(p, x, 100, seed).flatten(0, 1)) @ C.t()).min())
         assert exact.value <= seen + 1e-6 * size
-        for share, wanted in ((1e-4, Status.HOLDS), (-1e-4, Status.VIOLATED)):
+        for share, wanted in ((1e-3, Status.HOLDS), (-1e-3, Status.VIOLATED)):
             d = torch.tensor([share * size - exact.value]).double()
             spec = certify.Linear(C, d)
             for method in ("auto", "line", "line-enumerate", "bab"):
                 if applies(method, kind, p):
-                    cert = certify.verify(net, x, spec, p, method, certify.Budget(seconds=60))
+                    cert = certify.verify(net, x, spec, p, method, BUDGET)
                     assert int(cert.status) == wanted, method
                     replayed(net, x, spec, p, cert)
 
 
 @settings(repeated, max_examples=10)
-@given(SEEDS, st.sampled_from(["plain", "pooled", "clipped", "keypoints"]), st.sampled_from(["brightness", "contrast", "blur", "saturation", "hue", "rotation", "curve"]))  # fmt: skip
+@given(
+    SEEDS,
+    st.sampled_from(["plain", "pooled", "clipped", "keypoints"]),
+    st.sampled_from(["brightness", "contrast", "blur", "saturation", "hue", "rotation", "curve"]),
+)
 def test_the_largest_deviation_decides_every_threshold(seed: int, kind: str, name: str) -> None:
     net, x = network(kind, seed), images(2, seed)
     p = PERTURBATIONS[name](x, seed, 0.5)
@@ -424,7 +427,10 @@ def test_the_largest_deviation_decides_every_threshold(seed: int, kind: str, nam
         assert (found.lower <= found.upper + 1e-9).all()
         assert (found.upper - found.lower <= 2e-4 + slack).all()
         for i in range(len(x)):
-            for delta, wanted in ((found.upper[i] + 2 * slack, Status.HOLDS), (found.lower[i] - 2 * slack, Status.VIOLATED)):
+            for delta, wanted in (
+                (found.upper[i] + 2 * slack, Status.HOLDS),
+                (found.lower[i] - 2 * slack, Status.VIOLATED),
+            ):
                 if delta <= 0:
                     continue
                 spec, index = certify.Deviation(float(delta)), slice(i, i + 1)
@@ -439,20 +445,20 @@ def test_the_largest_deviation_decides_every_threshold(seed: int, kind: str, nam
 
 @pytest.mark.parametrize("kind", ["pooled", "residual"])
 def test_masked_and_removed_channels_have_the_same_bounds_and_verdicts(kind: str) -> None:
-    for seed in range(3):
-        net, x = network(kind, seed), images(4, seed)
+    for seed in range(2):
+        net, x = network(kind, seed), images(2, seed)
         scores = {
             name: weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
             for name, weight in net.named_parameters()
             if weight.ndim == 4
         }
         mask = masks.Mask.from_scores(scores, 0.4, structured=True, groups=masks.groups(net, x[:1]))
-        masked = masks.apply(_copied(net), mask)
+        masked = masks.apply(copy.deepcopy(net), mask)
         removed = masks.remove(net, mask, x[:1])
         assert sum(w.numel() for w in removed.parameters()) < sum(w.numel() for w in masked.parameters())
         with torch.no_grad():
             spec = certify.Classification(masked(x).argmax(1))
-            for p in (Linf(0.05), certify.L2(0.3), certify.Brightness(0.1), certify.BrightnessContrast(0.05, 0.05)):
+            for p in (Linf(0.01), certify.L2(0.1), certify.Brightness(0.1), certify.BrightnessContrast(0.05, 0.05)):
                 for method in BOUNDS:
                     for a, b in zip(certify.bounds(masked, x, p, method), certify.bounds(removed, x, p, method)):
                         assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(1 + a.abs().max())), method
@@ -461,7 +467,364 @@ def test_masked_and_removed_channels_have_the_same_bounds_and_verdicts(kind: str
                 assert torch.equal(a.status, b.status)
 
 
-def _copied(net: nn.Module) -> nn.Module:
-    import copy
+# -- what was once wrong -----------------------------------------------------------------------------------------------
 
-    return copy.deepcopy(net)
+
+def test_a_box_without_batch_axis_is_not_taken_for_a_batch() -> None:
+    """Three channels and three images: the box's channels are not the images' boxes."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).eval().requires_grad_(False)
+    net[1].weight.zero_()
+    net[1].weight[0, 4:8] = -1.0
+    net[1].bias.copy_(torch.tensor([1.0, 0.0]))
+    lo, hi = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2)
+    hi[1] = 1.0
+    x, spec = torch.zeros(3, 3, 2, 2), certify.Classification(torch.zeros(3, dtype=torch.int64))
+    for method, chunk in itertools.product(("ibp", "crown", "bab", "milp", "auto"), (1, 16)):
+        cert = certify.verify(net, x, spec, Box(lo, hi), method, chunk=chunk)
+        assert (cert.status == Status.VIOLATED).all(), (method, chunk)
+
+
+def test_a_box_of_one_point_is_judged_there_and_not_at_the_image_beside_it() -> None:
+    net = nn.Sequential(nn.Linear(2, 1)).eval().requires_grad_(False)
+    net[0].weight.fill_(1.0)
+    net[0].bias.zero_()
+    corner = torch.full((1, 2), 0.1)
+    found = bab.verify(net, torch.ones(1, 2), Box(corner, corner), torch.ones(1, 1), torch.zeros(1), attack=False)
+    assert found.status == Status.HOLDS
+    assert found.lower == pytest.approx(0.2)
+
+
+def test_searches_of_boxes_refuse_curves() -> None:
+    net, x = network("plain", 0), images(1, 0)
+    for method in SEARCH:
+        with pytest.raises(ValueError, match="use 'line' or 'auto'"):
+            certify.verify(net, x, certify.Classification(net(x).argmax(1)), certify.Hue(0.1), method)
+    with pytest.raises(ValueError, match=r"see certify\.line"):
+        bab.verify(net, x, certify.Rotation(5.0), torch.ones(1, 3), torch.zeros(1))
+    with pytest.raises(ValueError, match="is a curve"):
+        milp.minimum(net, x, certify.Rotation(5.0), torch.ones(1, 3))
+
+
+def test_branch_and_bound_in_float64_splits_deep_networks() -> None:
+    net, x = _double(network("pooled", 0)), images(1, 0).double()
+    y = net(x).argmax(1)
+    cert = certify.verify(net, x, certify.Classification(y), Linf(0.02), "bab", BUDGET)
+    assert cert.dtype == "float64"
+    assert int(cert.status) in (Status.HOLDS, Status.VIOLATED, Status.TIMEOUT)
+    assert replayed(net, x, certify.Classification(y), Linf(0.02), cert) in (0, 1)
+
+
+class _Overwriting(nn.Module):
+    """Reads a view of memory that an in-place ReLU has changed meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        view = h.view(-1, 2)
+        h.relu_()
+        return self.b(view)
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+class _Cosine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cos(x)
+
+
+class _Mixing(nn.Module):
+    """Subtracts the mean of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("inner", "match"),
+    [
+        (_Cosine(), "'cos' in module '1.0'"),
+        (nn.ELU(), "module '1.0'"),
+        (_Overwriting(), r"module '1\.0\.b' reads a view whose memory was written to"),
+        (_Mixing(), "module '1.0'"),
+    ],
+    ids=["cosine", "elu", "overwriting", "mixing"],
+)
+@pytest.mark.parametrize("method", ["ibp", "crown", "auto", "bab"])
+def test_an_operation_without_a_bound_is_named_by_its_module(inner: nn.Module, match: str, method: str) -> None:
+    width = 2 if isinstance(inner, _Overwriting) else 3
+    net = nn.Sequential(nn.Linear(3, width), nn.Sequential(inner)).eval().requires_grad_(False)
+    outputs = net(torch.rand(2, 3)).shape[1]
+    spec = certify.Linear(torch.ones(1, outputs), 10.0)
+    with pytest.raises((certify.UnsupportedOperation, ValueError), match=match):
+        certify.verify(net, torch.rand(2, 3), spec, Linf(0.1), method)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["1.weight", "1.bias"])
+def test_weights_that_are_not_finite_are_named(value: float, place: str) -> None:
+    net, x = network("plain", 0), images(1, 0)
+    dict(net.named_parameters())[place].view(-1)[0] = value
+    with pytest.raises(ValueError, match=rf"{place} holds NaN or infinity"):
+        certify.bounds(net, x, Linf(0.1))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        certify.verify(net, x, certify.Linear(torch.ones(1, 3)), Linf(0.1))
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: Box(torch.ones(1, 2), torch.zeros(1, 2)), "inverted box"),
+        (lambda: Box(torch.tensor([math.nan]), torch.ones(1)), "inverted box"),
+        (lambda: Linf(-0.1), ">= 0"),
+        (lambda: Linf(math.nan), ">= 0"),
+        (lambda: certify.L2(torch.tensor([0.1, math.inf])), ">= 0"),
+        (lambda: certify.BlurMix(1.5), "<= 1"),
+        (lambda: certify.Hue(0.7), "half a turn"),
+        (lambda: certify.Linear(torch.zeros(0, 3)), "at least one row"),
+        (lambda: certify.Linear(torch.zeros(2, 0, 3)), "at least one row"),
+        (lambda: certify.Deviation(0.0), "delta must be > 0"),
+        (lambda: certify.Deviation(math.nan), "delta must be > 0"),
+        (lambda: certify.Budget(seconds=0), "seconds > 0"),
+        (lambda: certify.Budget(seconds=math.nan), "seconds > 0"),
+        (lambda: certify.Budget(memory=0), "memory > 0"),
+    ],
+)
+def test_malformed_sets_properties_and_budgets_are_refused(build: Callable[[], object], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("spec", "p", "match"),
+    [
+        (certify.Linear(torch.ones(1, 4)), Linf(0.1), "4 columns but the network has 3 outputs"),
+        (certify.Linear(torch.ones(3, 1, 3)), Linf(0.1), "for a batch of 3"),
+        (certify.Linear(torch.full((1, 3), math.nan)), Linf(0.1), "property holds NaN"),
+        (certify.Linear(torch.ones(1, 3), math.inf), Linf(0.1), "property holds NaN or infinity"),
+        (certify.Deviation(1.0, "point_l2"), Linf(0.1), "even number of outputs"),
+        (certify.Deviation(1.0, reference=torch.zeros(2, 4)), Linf(0.1), "the reference is"),
+        (certify.Classification(torch.tensor([0, 3])), Linf(0.1), r"labels span \[0, 3\]"),
+        (certify.Classification(torch.tensor([0, 0])), Box(torch.zeros(5), torch.ones(5)), "does not fit inputs"),
+        (
+            certify.Classification(torch.tensor([0, 0])),
+            Box(torch.tensor(-math.inf), torch.tensor(1.0)),
+            "unbounded box",
+        ),
+        (certify.Classification(torch.tensor([0, 0])), Linf(torch.tensor([0.1, 0.1, 0.1])), "3 radii"),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto", "ibp", "bab"])
+def test_a_property_or_set_that_does_not_fit_the_network_is_refused(
+    spec: certify.specs.Spec, p: Perturbation, match: str, method: str
+) -> None:
+    with pytest.raises(ValueError, match=match):
+        certify.verify(network("plain", 0), images(2, 0), spec, p, method)
+
+
+def test_outputs_that_overflow_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval().requires_grad_(False)
+    for module in (net[0], net[2]):
+        module.weight.fill_(1e30)
+    with pytest.raises(ValueError, match="outputs on the unperturbed images hold NaN or infinity"):
+        certify.verify(net, torch.ones(1, 2), certify.Classification(torch.tensor([0])), Linf(0.1))
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+
+
+def _trained(net: nn.Module, kind: str, seed: int) -> None:
+    """A few steps towards random targets: weights that belong together, as random ones do not."""
+    x, generator = images(24, seed + 17), torch.Generator().manual_seed(seed)
+    wanted = torch.rand(24, net(x).shape[1], generator=generator)
+    net.train().requires_grad_(True)
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(15):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), 3 * wanted).backward()
+        optimizer.step()
+    net.eval().requires_grad_(False)
+
+
+def _layers(net: nn.Module) -> list[nn.Module]:
+    return [m for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def _dead_channels(net: nn.Module, rng: random.Random) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            dead = torch.tensor([rng.random() < 0.5 for _ in range(module.num_features)])
+            module.weight[dead] = 0.0
+            module.bias[dead] = rng.choice((0.0, 1e-7, -1e-7, 0.5))
+            module.running_var[dead] = rng.choice((0.0, 1e-12, 1.0))
+
+
+def _twin_outputs(net: nn.Module, rng: random.Random) -> None:
+    last = _layers(net)[-1]
+    last.weight[1] = last.weight[0] + rng.choice((0.0, 1e-7, 1e-4)) * torch.randn(last.weight[0].shape)
+    if last.bias is not None:
+        last.bias[1] = last.bias[0] + rng.choice((0.0, 1e-6, 1e-3))
+
+
+def _rescaled(net: nn.Module, rng: random.Random) -> None:
+    """One layer divided and the next multiplied by the same: the same function where ReLUs lie between."""
+    layers, factor = _layers(net), 10 ** rng.uniform(-6, 6)
+    at = rng.randrange(len(layers) - 1)
+    layers[at].weight *= factor
+    if layers[at].bias is not None:
+        layers[at].bias *= factor
+    layers[at + 1].weight /= factor
+
+
+def _loud(net: nn.Module, rng: random.Random) -> None:
+    for module in _layers(net):
+        module.weight *= 10 ** rng.uniform(-1, 1)
+
+
+def _quiet_outputs(net: nn.Module, rng: random.Random) -> None:
+    last, factor = _layers(net)[-1], 10 ** rng.uniform(-8, 5)
+    last.weight *= factor
+    if last.bias is not None:
+        last.bias *= factor
+
+
+def _cancelling(net: nn.Module, rng: random.Random) -> None:
+    """Large constants in the last layer that the margins do not see."""
+    last = _layers(net)[-1]
+    if last.bias is not None:
+        last.bias += 10 ** rng.uniform(0, 4)
+
+
+def _rounded(net: nn.Module, rng: random.Random) -> None:
+    """Weights of few bits: ties, kinks at exactly the same place, zeros."""
+    for module in _layers(net):
+        module.weight.copy_((module.weight * 4).round() / 4)
+        if module.bias is not None:
+            module.bias.copy_((module.bias * 4).round() / 4)
+
+
+def _sparse(net: nn.Module, rng: random.Random) -> None:
+    for module in _layers(net):
+        module.weight *= torch.rand(module.weight.shape) < rng.choice((0.1, 0.5))
+
+
+SHAPINGS = (_dead_channels, _twin_outputs, _rescaled, _loud, _quiet_outputs, _cancelling, _rounded, _sparse)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What the search did: problems posed, verdicts given, HOLDS attacked, members tried on them."""
+
+    problems: int = 0
+    verdicts: int = 0
+    holds: int = 0
+    violated: int = 0
+    members: int = 0
+    breaks: list[str] = dataclasses.field(default_factory=list)
+
+
+def _posed(rng: random.Random) -> tuple[str, str, str, nn.Module, Tensor, Perturbation]:
+    seed, kind, name = rng.randrange(2**30), rng.choice(sorted(KINDS)), rng.choice(sorted(PERTURBATIONS))
+    net = network(kind, seed)
+    if rng.random() < 0.5:
+        _trained(net, kind, seed)
+    shapings = rng.sample(SHAPINGS, rng.choice((0, 1, 1, 2, 3)))
+    for shape in shapings:
+        shape(net, rng)
+    x = images(2, seed)
+    if rng.random() < 0.3:
+        x = x.round()  # every pixel where clipping starts
+    p = PERTURBATIONS[name](x, seed, rng.choice((0.0, 1e-6, 1e-3, 0.03, 0.1, 0.3, 1.0))).spread(x)
+    if rng.random() < 0.4:
+        net, x, p = _double(net), x.double(), _precise(p)
+    label = f"seed={seed} kind={kind} p={name}:{p.describe()} {x.dtype} {[s.__name__ for s in shapings]}"
+    return label, kind, name, net, x, p
+
+
+def _sharpened(rng: random.Random, net: nn.Module, x: Tensor, kind: str, p: Perturbation) -> certify.specs.Spec:
+    """A property that fails or holds by a hair: its constants put the smallest margin seen (or proven) near zero."""
+    reference = net(x)
+    C = torch.randn(len(x), 2, reference.shape[1]).to(x)
+    values = (C @ reference.unsqueeze(2)).squeeze(2)
+    size = (C.abs() @ reference.abs().unsqueeze(2)).squeeze(2)
+    lowest = values.double()
+    small = sum(m.weight.numel() for m in _layers(net)) < 1200
+    for i in range(len(x)):
+        own = one(p, i, len(x))
+        if applies("milp", kind, p) and small and rng.random() < 0.3:
+            found = milp.minimum(_double(net), x[i : i + 1].double(), _precise(own), C[i].double(), seconds=2)
+            if all(row.finished for row in found):
+                lowest[i] = torch.tensor([row.value for row in found]).double()
+                continue
+        found = attack.attack(net, x[i : i + 1], certify.Linear(C[i], float(-values[i].min())), own, seed=0)
+        lowest[i] = values[i].double().min() + float(found.margin)
+    hair = rng.choice((1.0, -1.0)) * 10 ** rng.uniform(-9, -1)
+    return certify.Linear(C, (hair * size.double() - lowest).to(x))
+
+
+def _assault(net: nn.Module, x: Tensor, spec: certify.specs.Spec, p: Perturbation, seed: int) -> tuple[Tensor, int]:
+    """The smallest margin (N,) that anything finds in float64 with the references of `net`, and how many were tried."""
+    reference, precise, wide = net(x).double(), _double(net), x.double()
+    points = members(_precise(p), wide, 250, seed)
+    outputs = precise(points.flatten(0, 1)).unflatten(0, points.shape[:2])
+    rows = spec.rows(net(x))
+    lowest = margin(spec, outputs, reference).amin(0)
+    tried = len(points) * len(x)
+    if not isinstance(p, Path) and not isinstance(spec, certify.Deviation):
+        fixed = certify.Linear(rows.C.double(), torch.as_tensor(rows.d).double())
+        found = attack.attack(precise, wide, fixed, _precise(p), seed=seed, strength="standard")
+        lowest = torch.minimum(lowest, found.margin)
+        tried += 200 * len(x)
+    return lowest, tried
+
+
+def search(seconds: float, seed: int = 0) -> Tally:
+    """Look for a wrong verdict for so many seconds; what was found is in `breaks`, one line each, to be reproduced."""
+    tally, began, number = Tally(), time.perf_counter(), seed
+    while time.perf_counter() - began < seconds:
+        number += 1
+        rng = random.Random(number)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            with torch.enable_grad():
+                label, kind, _, net, x, p = _posed(rng)
+            if not bool(torch.isfinite(net(x)).all()):
+                continue
+            sharp = rng.random() < 0.6
+            spec = _sharpened(rng, net, x, kind, p) if sharp else specification(net, x, kind, number)
+            label = f"number={number} {label} {'sharp' if sharp else type(spec).__name__}"
+            lowest, tried = _assault(net, x, spec, p, number)
+            tally.members += tried
+            tally.problems += 1
+            # What float64 resolves, or for a float32 model the precision in which its own outputs are known.
+            share = 1e-7 if x.dtype == torch.float64 else ROUNDING
+            slack = share * scale_of(spec, net(x)).double()
+            candidates = [m for m in (*BOUNDS, *LINE, *SEARCH) if applies(m, kind, p)]
+            if isinstance(p, Path):
+                candidates = [m for m in candidates if m != "forward"]
+            for method in ("auto", *rng.sample(candidates, min(3, len(candidates)))):
+                cert = certify.verify(net, x, spec, p, method, certify.Budget(seconds=1.0), seed=number)
+                holds = cert.status == Status.HOLDS
+                tally.verdicts += len(x)
+                tally.holds += int(holds.sum())
+                if bool((holds & (lowest <= -slack)).any()):
+                    tally.breaks.append(f"HOLDS {method} margin {lowest.tolist()} slack {slack.tolist()}: {label}")
+                if bool((cert.lower.double() > lowest + slack).any()):
+                    tally.breaks.append(f"lower {cert.lower.tolist()} > {lowest.tolist()} {method}: {label}")
+                try:
+                    tally.violated += replayed(net, x, spec, p, cert)
+                except AssertionError as error:
+                    tally.breaks.append(f"VIOLATED {method} {str(error)[:80]}: {label}")
+    return tally
+
+
+@pytest.mark.slow
+def test_an_adversarial_search_finds_no_wrong_verdict() -> None:
+    tally = search(float(os.environ.get("CERTPRUNE_SEARCH", "240")))
+    print(f"{dataclasses.replace(tally, breaks=[])}, {len(tally.breaks)} breaks")
+    assert tally.holds > 100
+    assert tally.violated > 100
+    assert not tally.breaks, "\n".join(tally.breaks)

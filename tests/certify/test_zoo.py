@@ -44,9 +44,7 @@ def test_keypoint_heads(head):
     assert check(net, x, certify.Brightness(1e-3), "forward") < min(loose, 64)
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in models.names()]
-)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in models.names()])
 @torch.no_grad()
 def test_crown_at_32_pixels(name):
     net, x = build(name, 32)
