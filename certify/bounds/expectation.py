@@ -80,7 +80,7 @@ def extremes(lo: Tensor, hi: Tensor, weight: Tensor) -> MeanBounds:
         mass, moment = first + last
         return torch.where(mass > least, moment / mass.clamp(min=least), torch.nan)
 
-    # Where all weights of a threshold underflow, its mean is lost. The threshold that attains the extreme has it between
+    # Where all weights of a threshold underflow, its mean is lost. The threshold of the extreme has it between
     # the coordinates on its two sides, so the coordinate beyond stands in; without one the threshold attains nothing.
     least = torch.finfo(lo.dtype).tiny / torch.finfo(lo.dtype).eps
     offset, none = g - base, torch.full_like(base, torch.inf)
