@@ -145,7 +145,9 @@ def verify(
             status[i], parameters[i], inputs[i] = Status.VIOLATED, found.argmin[i], image[0]
         elif status[i] == Status.HOLDS:
             status[i] = Status.UNKNOWN
-    return Answer(status, found.lower, found.seconds, parameters, inputs, found.work)
+    # A failure that was seen ends the search, and what was not looked at has no bound.
+    lower = torch.where(found.upper <= 0, -math.inf, found.lower)
+    return Answer(status, lower, found.seconds, parameters, inputs, found.work)
 
 
 def minimum(

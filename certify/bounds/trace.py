@@ -405,26 +405,26 @@ def _adaptive_avg_pool2d(r: _Recorder, input: Tensor, output_size: Any) -> Handl
     ), (input,)
 
 
-def _axes(dim: Any, input: Tensor) -> tuple[int, ...]:
+def _axes(r: _Recorder, dim: Any, input: Tensor) -> tuple[int, ...]:
     axes = (
         tuple(range(input.ndim))
         if dim is None
         else tuple(d % input.ndim for d in ((dim,) if isinstance(dim, int) else dim))
     )
     if 0 in axes:
-        raise ValueError("a mean or sum over the batch axis mixes the entries of a batch")
+        raise ValueError(f"a mean or sum over the batch axis in module {r.path!r} mixes the entries of a batch")
     return axes
 
 
 @_handles("mean")
 def _mean(r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Handled:
-    axes = _axes(dim, input)
+    axes = _axes(r, dim, input)
     return NonNegative(lambda v: v.mean(axes, keepdim), tuple(input.shape[1:]), "mean"), (input,)
 
 
 @_handles("sum")
 def _sum(r: _Recorder, input: Tensor, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Handled:
-    axes = _axes(dim, input)
+    axes = _axes(r, dim, input)
     return NonNegative(lambda v: v.sum(axes, keepdim), tuple(input.shape[1:]), "sum"), (input,)
 
 
