@@ -91,7 +91,9 @@ class IBP:
         worst, certified = self._worst(found, y, share, task_loss)
         metrics = self._clean(natural, traced.output, y, task_loss)
         metrics |= {"robust": worst.detach(), "certified": certified.detach() / len(x)}
-        return Step(kappa * natural + (1.0 - kappa) * worst, metrics, found, share)
+        # A weight of zero is left out, so that nothing is carried back through the clean network in vain.
+        total = worst if kappa == 0.0 else kappa * natural + (1.0 - kappa) * worst
+        return Step(total, metrics, found, share)
 
     def validate(
         self, model: nn.Module, val: Iterable[Batch], task_loss: TaskLoss, progress: Progress
