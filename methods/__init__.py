@@ -22,20 +22,35 @@ _METHODS: dict[str, tuple[str, str, str]] = {
     "hydra": ("HYDRA", "HYDRAConfig", "iterative pruning by scores learned on the robust loss"),
     "slimming": ("Slimming", "SlimmingConfig", "channels with the smallest L1-penalised batch-norm weights"),
     "structlth": ("StructLTH", "StructLTHConfig", "structured lottery tickets: IMP ranks channels, then refills them"),
+    "car": ("CAR", "CARConfig", "soft masks trained for stability under semantic changes, binarised, fine-tuned"),
     "usn": ("USN", "USNConfig", "channels unstable under semantic perturbations, removed progressively in training"),
 }
 
-__all__ = ["describe", "get", "names"]
+# Methods from outside the tree: name -> (class, configuration, one line).
+_OUTSIDE: dict[str, tuple[Any, Any, str]] = {}
+
+__all__ = ["describe", "get", "names", "register"]
+
+
+def register(name: str, method: Any, config: Any, line: str) -> None:
+    """Add a method of your own to `names()` and `get`: its class, its configuration's class, one line about it.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in names():
+        raise ValueError(f"there is a method {name!r} already; choose another name")
+    _OUTSIDE[name] = (method, config, line)
 
 
 def names() -> tuple[str, ...]:
     """The methods' names."""
-    return tuple(_METHODS)
+    return (*_METHODS, *_OUTSIDE)
 
 
 def describe() -> dict[str, str]:
     """Name -> one line."""
-    return {name: line for name, (_, _, line) in _METHODS.items()}
+    return {name: line for name, (_, _, line) in (_METHODS | _OUTSIDE).items()}
 
 
 def get(name: str) -> tuple[Any, Any]:
@@ -44,9 +59,11 @@ def get(name: str) -> tuple[Any, Any]:
     Raises:
         KeyError: unknown name; the message offers close matches.
     """
+    if name in _OUTSIDE:
+        return _OUTSIDE[name][:2]
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(_METHODS)}"
+        near = difflib.get_close_matches(name, names(), n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
         raise KeyError(f"unknown method {name!r}; {hint}")
     method, config, _ = _METHODS[name]
     package = importlib.import_module(f"methods.{name}")

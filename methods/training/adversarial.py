@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+import certify
 from certify.attack import adversarial
-from methods.training.bounding import Kind, check_perturbation, held_statistics, perturbation
+from methods.training import bounding
+from methods.training.bounding import held_statistics
 from methods.training.eps import Linear, Smoothed
 from methods.training.losses import TaskLoss
 from methods.training.natural import means
 from methods.training.objective import Batch, Progress
+
+Kind = Literal["Linf", "L2", "Brightness", "Contrast"]
+
+
+def perturbation(kind: Kind, radius: float) -> certify.Perturbation:
+    """The perturbation of that name in `certify`, clipped to [0, 1]."""
+    return certify.L2(radius) if kind == "L2" else bounding.perturbation(kind, radius)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +31,8 @@ class Adversarial:
 
     Args:
         eps: target radius in pixel space.
-        perturbation: "Linf", or "Brightness" or "Contrast" (searched over their parameter).
+        perturbation: "Linf", "L2" (steps along the normalised gradient, projected to the ball), or "Brightness" or
+            "Contrast" (searched over their parameter).
         schedule: ramp of the radius over training; at once by default.
         val_steps: steps of the PGD attack of validation at the full radius, from the clean image.
 
@@ -39,7 +49,7 @@ class Adversarial:
     mixed_precision: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_perturbation(self.perturbation, self.eps)
+        bounding.check_perturbation("Linf" if self.perturbation == "L2" else self.perturbation, self.eps)
         if self.val_steps < 1:
             raise ValueError(f"val_steps must be >= 1, got {self.val_steps}")
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from certify.attack import adversarial
-from methods.training.adversarial import Adversarial
-from methods.training.bounding import held_statistics, perturbation
+from methods.training.adversarial import Adversarial, perturbation
+from methods.training.bounding import held_statistics
 from methods.training.losses import TaskLoss
 from methods.training.objective import Progress
 
