@@ -9,6 +9,7 @@ Importing this package imports neither torch nor torchvision; loading does.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def describe() -> dict[str, str]:
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     root: str | Path | None = None,
     split: str = "train",
     *,
@@ -113,6 +114,7 @@ def load(
         raise ValueError(f"limit must be at least 1 image, got {limit}")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, got {image_size}")
+    name = os.fspath(name)
     if name.endswith(".npz"):
         source, variant = _own(name), ""
     else:

@@ -51,6 +51,8 @@ class Batches:
         augment: RandomCropFlip | None = None,
         drop_last: bool = False,
     ) -> None:
+        if augment is not None and not hasattr(augment, "draw"):
+            raise TypeError(f"augment must be a datasets.RandomCropFlip or None, got {augment!r}")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if seed < 0:

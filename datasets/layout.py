@@ -52,15 +52,17 @@ def to_pack(arrays: Arrays, request: Request, *, own_val: bool = False, meta: di
     part = part_of(split, own_val)
     images = _images(arrays[f"x_{part}"], f"{name}: x_{part}")
     targets = _targets(arrays[f"y_{part}"], f"{name}: y_{part}")
+    if "x_train" in arrays and arrays["x_train"].shape[1:] != arrays[f"x_{part}"].shape[1:]:
+        shapes = f"{arrays['x_train'].shape[1:]} in x_train but {arrays[f'x_{part}'].shape[1:]} in x_{part}"
+        raise CorruptData(f"{name}: images of shape {shapes}; a network takes images of one size")
     if len(images) != len(targets):
         raise CorruptData(f"{name}: {len(images)} images in x_{part} but {len(targets)} rows in y_{part}")
     if "class_names" in arrays:
         classes = tuple(str(text) for text in arrays["class_names"].tolist())
     else:
-        known = [_targets(arrays[key], key) for key in ("y_train", f"y_{part}") if key in arrays]
-        count = (
-            known[0].shape[1] // 2 if known[0].ndim == 2 else 1 + max(int(labels.max(initial=0)) for labels in known)
-        )
+        key = "y_train" if "y_train" in arrays else f"y_{part}"  # every split has the classes of the training images
+        known = _targets(arrays[key], key)
+        count = known.shape[1] // 2 if known.ndim == 2 else 1 + int(known.max(initial=0))
         classes = tuple(str(number) for number in range(count))
     stated = dict(meta)
     if own_val:

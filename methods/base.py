@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -51,8 +52,20 @@ class PruningConfig:
     layers: tuple[LayerKind, ...] = ("conv", "linear")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ratio, numbers.Real):
+            raise TypeError(f"ratio is the fraction removed, a number in [0, 1), got {self.ratio!r}")
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"ratio is the fraction removed and must lie in [0, 1), got {self.ratio}")
+        for name in ("epochs", "finetune_epochs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{name} must be a whole number, got {value!r}")
+        for name in ("training", "finetune"):
+            value = getattr(self, name)
+            if not isinstance(value, TrainingConfig) and (value is not None or name == "training"):
+                raise TypeError(
+                    f"{name} must be a TrainingConfig, such as TrainingConfig(objective=PGD(0.1)), got {value!r:.80}"
+                )
         if self.epochs < 0 or self.finetune_epochs < 0:
             raise ValueError(f"epochs must be >= 0, got {self.epochs} and {self.finetune_epochs}")
         if self.scope not in ("global", "layer"):
@@ -71,6 +84,13 @@ class PruningConfig:
             warmup_epochs=0.0,
             objective=self.training.objective.settled(),
         )
+
+
+def check_config(method: object, config: object, kind: type[PruningConfig]) -> None:
+    """Raise TypeError unless a method was given a configuration of its own kind."""
+    if not isinstance(config, kind):
+        given = "the class itself; call it" if config is kind else f"{type(config).__name__}"
+        raise TypeError(f"{type(method).__name__} takes a {kind.__name__}, got {given}")
 
 
 def prunable(model: nn.Module, config: PruningConfig) -> tuple[str, ...]:

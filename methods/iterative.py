@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, Literal, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import masks
-from methods.base import LayerKind, PruningConfig, Where, coupled_groups, prunable
+from methods.base import LayerKind, PruningConfig, Where, check_config, coupled_groups, prunable
 from methods.masks import ChannelGroup, Mask, Scope
 from methods.outcome import Outcome
 from methods.training.checkpoint import Checkpoint, CheckpointError, read, write
@@ -145,6 +146,9 @@ class Iterative(abc.ABC, Generic[C]):
     """Iterative pruning with rewinding; derive a frozen dataclass with a field `config` and define `prune`."""
 
     config: C
+
+    def __post_init__(self) -> None:
+        check_config(self, self.config, typing.get_type_hints(type(self))["config"])
 
     @abc.abstractmethod
     def prune(self, trained: Trained) -> tuple[Mask, History]:

@@ -49,6 +49,8 @@ class Recipe:
         object.__setattr__(self, "head", canonical_head(self.head, self.num_outputs))
         for field in ("mean", "std"):
             object.__setattr__(self, field, per_channel(field, getattr(self, field), self.in_channels))
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ValueError(f"mean is that of images in [0, 1], got {self.mean}; divide statistics of 0..255 by 255")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive in every channel, got {self.std}")
         object.__setattr__(self, "notes", tuple(self.notes))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from methods.base import Where, fit_one_shot, magnitude
+from methods.base import Where, check_config, fit_one_shot, magnitude
 from methods.dense.config import DenseConfig
 from methods.outcome import Outcome
 from methods.training.loop import Callback, Loss
@@ -20,6 +20,9 @@ class Dense:
     """Trains a network and keeps all of it."""
 
     config: DenseConfig = dataclasses.field(default_factory=DenseConfig)
+
+    def __post_init__(self) -> None:
+        check_config(self, self.config, DenseConfig)
 
     def fit(
         self,

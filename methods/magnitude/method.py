@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from methods.base import Where, fit_one_shot, magnitude
+from methods.base import Where, check_config, fit_one_shot, magnitude
 from methods.magnitude.config import MagnitudeConfig
 from methods.outcome import Outcome
 from methods.training.loop import Callback, Loss
@@ -21,6 +21,9 @@ class Magnitude:
     """Least-weight-magnitude pruning (Han et al. 2015, "Learning both Weights and Connections", section 3)."""
 
     config: MagnitudeConfig = dataclasses.field(default_factory=MagnitudeConfig)
+
+    def __post_init__(self) -> None:
+        check_config(self, self.config, MagnitudeConfig)
 
     def fit(
         self,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from methods.base import Where, fit_one_shot
+from methods.base import Where, check_config, fit_one_shot
 from methods.outcome import Outcome
 from methods.random.config import RandomConfig
 from methods.training.loop import Callback, Loss
@@ -20,6 +20,9 @@ class Random:
     """Trains, removes weights or channels at random, and fine-tunes the rest."""
 
     config: RandomConfig = dataclasses.field(default_factory=RandomConfig)
+
+    def __post_init__(self) -> None:
+        check_config(self, self.config, RandomConfig)
 
     def fit(
         self,

@@ -47,7 +47,10 @@ class TrainingDiverged(RuntimeError):
 
 
 def device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
-    """`device`, or where the parameters of `model` are."""
+    """`device`, or where the parameters of `model` are. Raises TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}; call it" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"the network must be a torch.nn.Module, got {given}")
     if device is not None:
         return torch.device(device)
     first = next(model.parameters(), None)
@@ -65,21 +68,20 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def first_batch(batches: Iterable[Batch]) -> Batch:
-    """The first batch, checked.
-
+def first_batch(batches: Iterable[Batch], name: str = "batches") -> Batch:
+    """The first batch, checked. `name` is what messages call them.
     Raises:
         TypeError: `batches` is an iterator (it could be read only once), or its items are not pairs of tensors.
-        ValueError: no batch, images that are not a finite float batch, or targets of another length.
+        ValueError: no batch, images that are not a finite float batch in [0, 1], or targets of another length.
     """
     if iter(batches) is batches:
         raise TypeError(
-            "batches must be re-iterable, one pass an epoch (a list, a DataLoader, datasets' Batches); "
+            f"{name} must be re-iterable, one pass an epoch (a list, a DataLoader, datasets' Batches); "
             f"got the one-shot iterator {type(batches).__name__}"
         )
     batch = next(iter(batches), None)
     if batch is None:
-        raise ValueError("batches are empty: there is no data to train on")
+        raise ValueError(f"{name} are empty: there is no data to train on")
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
         raise TypeError(f"each batch must be a pair of tensors (x, y), got {type(batch).__name__}")
     x, y = batch
@@ -87,17 +89,35 @@ def first_batch(batches: Iterable[Batch]) -> Batch:
         raise ValueError(
             f"images must be a float batch (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}; divide uint8 by 255"
         )
-    if len(x) != len(y):
-        raise ValueError(f"a batch has {len(x)} images but {len(y)} targets")
+    if y.ndim == 0 or len(x) != len(y):
+        raise ValueError(f"a batch has {len(x)} images but {len(y) if y.ndim else 'no batch of'} targets")
+    if not len(x):
+        raise ValueError(f"the first of the {name} holds no image; leave empty ones out")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("the images of the first batch hold NaN or infinity")
+    low, high = (float(end) for end in torch.aminmax(x.detach()))
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(
+            f"the images span [{low:.4g}, {high:.4g}], but pixels lie in [0, 1]: divide by 255, and normalise inside "
+            "the network"
+        )
+    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+        raise ValueError("the targets of the first batch hold NaN or infinity")
     return x, y
 
 
 def _check_outputs(model: nn.Module, x: Tensor, y: Tensor, task_loss: TaskLoss) -> None:
     """Fail on the first batch, with words, rather than inside a kernel."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name} holds NaN or infinity before any training; reload or initialise the network")
     with torch.no_grad():
-        outputs = model.eval()(x[:1])
+        try:
+            outputs = model.eval()(x[:1])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the network cannot take images {tuple(x.shape)} of type {x.dtype}: {error}") from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         raise ValueError("the network must return one tensor (N, outputs)")
     if task_loss.kind == "classification" and y.ndim == 1:
@@ -191,6 +211,8 @@ def train(
     """
     if epochs < 0:
         raise ValueError(f"epochs must be >= 0, got {epochs}")
+    if callable(callbacks):
+        raise TypeError("callbacks must be a sequence of functions; put a single one in a tuple: callbacks=(function,)")
     where, device = Checkpoint.of(checkpoint), device_of(model, device)
     model.to(device)
     if epochs == 0:
@@ -200,6 +222,8 @@ def train(
         return History()
     with seeded(seed, device):
         x, y = first_batch(batches)
+        if val is not None:
+            first_batch(val, "val")
         task_loss = resolve(loss, y)
         _check_outputs(model, x.to(device), y, task_loss)
     channels_last = config.channels_last and device.type == "cuda"
@@ -333,6 +357,8 @@ class _Run:
             self.lr = self.config.lr * factor
             with self.autocast:
                 loss, metrics = self.objective.loss(self.model, x, y, self.task_loss, progress)
+            if loss.ndim:
+                raise ValueError(f"the loss must be one number, got shape {tuple(loss.shape)}; take its mean")
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self.config.clip_grad_norm is not None:
