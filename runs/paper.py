@@ -70,8 +70,8 @@ _NRS_METHODS: Mapping[str, str] = {
     "TP": "taylor",
     "HYDRA": "hydra",
     "HYDRA+NRSLoss": "hydra+nrs",
-    "IMP+RSLoss": "rs",
-    "IMP+NRSLoss": "nrs",
+    "IMP+RSLoss": "imp+rs",
+    "IMP+NRSLoss": "imp+nrs",
     "StructLTH": "structlth",
     "Slim": "slimming",
     "LWM": "magnitude",
@@ -99,7 +99,8 @@ _DATA: Mapping[str, str] = {
 _COMPLETE = ("auto", "bab", "complete", "milp", "line", "deviation")
 
 
-def _rows(name: str) -> list[dict[str, str]]:
+def rows(name: str) -> list[dict[str, str]]:
+    """The rows of one CSV file, as printed."""
     text = resources.files("runs").joinpath("paper_numbers", name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
@@ -110,7 +111,7 @@ def _number(text: str) -> float:
 
 def _usn() -> list[Printed]:
     printed = []
-    for row in _rows("usn.csv"):
+    for row in rows("usn.csv"):
         magnitude = float(row["magnitude"])
         if row["perturbation"] == "brightness":
             magnitude /= 255
@@ -139,7 +140,7 @@ def _usn() -> list[Printed]:
 
 def _nrs() -> list[Printed]:
     printed = []
-    for row in _rows("certified_pruning.csv"):
+    for row in rows("certified_pruning.csv"):
         remain = float(row["remain_ratio"]) if row["remain_ratio"] else None
         small = row["table"] == "VI"
         printed.append(
@@ -165,7 +166,7 @@ def _nrs() -> list[Printed]:
 
 def _car() -> list[Printed]:
     printed = []
-    for row in _rows("car.csv"):
+    for row in rows("car.csv"):
         method, training = _CAR_METHODS[row["method"]]
         details = [text for text in (f"{row['n_aug']} augmented" if row["n_aug"] else "", row["variant"]) if text]
         network = {"mobilenet_v2": "mobilenetv2"}.get(row["model"], row["model"])

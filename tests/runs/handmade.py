@@ -54,7 +54,7 @@ def make_result(perturbation: Perturb, bits: str, clean: float, attacked: int, s
         "unknown": attacked - holds,
         "timeout": 0,
         "unstable": 12.0,
-        "timing": {"seconds_mean": seconds, "peak_mb": 321.0},
+        "timing": {"seconds_mean": seconds, "seconds_median": seconds, "peak_mb": 321.0},
     }
 
 
@@ -67,7 +67,7 @@ def make_record(
         "training_key": cell.training_key,
         "status": DONE,
         "cell": cell.to_dict(),
-        "data": {"task": task},
+        "data": {"task": task, "fingerprints": {"test": cell.data.name}},
         "size": {
             "parameters": 1000,
             "parameters_left": 1000 - int(800 * cell.pruning.ratio),

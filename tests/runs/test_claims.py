@@ -1,0 +1,201 @@
+"""Claims: what the printed tables say on their own sentences, and verdicts on records made by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from handmade import make_cell, make_record
+
+from runs import paper
+from runs.cell import Perturb, Pruning, Training, settings
+from runs.claims import CLAIMS, Claim, evaluate, export, print_terminal, printed
+from runs.claims.claim import Finding, Verdict
+from runs.claims.observation import observations, picked
+from runs.claims.questions import Exceeds, Falls, Gains, MatchesSomewhere, Measures, Verifies, VerifiesSomewhere
+from runs.statistics import sign_test
+
+SEEDS = (0, 1, 2)
+
+
+def by_id(name: str) -> Claim:
+    return next(claim for claim in CLAIMS if claim.id == name)
+
+
+def found(methods, **changes):
+    """One record per method and seed: ``methods`` maps (name, ratio) to bits, or to a function of the seed."""
+    return [
+        make_record(make_cell(name, ratio, seed, **changes), bits(seed) if callable(bits) else bits)
+        for (name, ratio), bits in methods.items()
+        for seed in SEEDS
+    ]
+
+
+def test_ids_are_unique_and_every_paper_has_claims():
+    assert len({claim.id for claim in CLAIMS}) == len(CLAIMS) >= 30
+    assert {claim.paper for claim in CLAIMS} == {paper.USN, paper.NRS, paper.CAR}
+    assert all(claim.decide.startswith("python -m runs.compare ") for claim in CLAIMS)
+
+
+def test_printed_contradictions_are_exactly_those_that_the_tables_hold():
+    contradicted = {claim.id for claim in CLAIMS if claim.printed is not None and claim.printed().contradicted}
+    assert contradicted == {
+        "USN-2",  # worse than ratio 0 in 10 of 15 cells
+        "USN-3",  # at ratio .3 brightness 2 gains more
+        "NRS-5",  # HYDRA+NRSLoss on FashionMNIST
+        "NRS-13",  # StructLTH above SNIP on FashionMNIST
+        "NRS-16",  # IMP+RSLoss: IBP 47.5 > beta-CROWN 46.3
+        "NRS-17",  # at 8/255 only IMP+NRSLoss keeps the dense accuracy
+        "NRS-19",  # TP is more accurate than IMP on FashionMNIST
+        "CAR-1",  # Flowers, 70 %, 1,000 images: 79 < 84
+        "CAR-5",  # Flowers, 70 %: HYDRA above LMP
+        "CAR-8",  # ResNet-18 and MobileNet-V2 lose accuracy
+    }
+
+
+def test_printed_counts_agree_with_the_tables():
+    assert printed.usn_against_random() == Finding(13, 0, 2, 0, True)
+    assert printed.usn_against_unpruned() == Finding(3, 10, 2, 0, True)
+    gain = by_id("NRS-3").printed()
+    assert (gain.wins, gain.losses) == (1, 0)
+    assert "8.2" in gain.note
+    with pytest.raises(ValueError, match="no two printed rows"):
+        printed.usn(("I",), printed.where(rule="nobody"), printed.where(rule="usn"), ("rho",))
+
+
+def test_images_are_the_unit_and_seeds_do_not_count_twice():
+    records = found({("imp", 0.5): "1111111100", ("magnitude", 0.5): "0000000000"})
+    evidence = Verifies(picked("imp"), picked("magnitude")).ask(observations(records))
+    assert evidence.units == 10
+    assert evidence.pairs == 3
+    assert evidence.seeds == 3
+    assert evidence.difference == pytest.approx(0.8)
+    assert evidence.p == sign_test([1] * 8 + [0] * 2).p
+    assert evidence.low < 0.8 < evidence.high
+
+
+def test_pairs_share_context_ratio_and_seed():
+    other = Perturb("linf", 0.2)
+    records = found({("imp", 0.5): "1100000000"}) + found({("magnitude", 0.5): "0" * 10}, perturbations=(other,))
+    assert Verifies(picked("imp"), picked("magnitude")).ask(observations(records)) is None
+    records = found({("imp", 0.5): "1100000000", ("magnitude", 0.8): "0" * 10})
+    assert Verifies(picked("imp"), picked("magnitude")).ask(observations(records)) is None
+    assert Verifies(picked("imp"), picked("magnitude"), same_ratio=False).ask(observations(records)) is not None
+
+
+def test_verdicts():
+    question = Verifies(picked("imp"), picked("magnitude"))
+    claim = dataclasses.replace(CLAIMS[0], question=question)
+    for bits, expected in (
+        (("1" * 10, "0" * 10), Verdict.SUPPORTED),
+        (("0" * 10, "1" * 10), Verdict.CONTRADICTED),
+        (("1110000000", "0001000000"), Verdict.UNDECIDED),
+    ):
+        records = found({("imp", 0.5): bits[0], ("magnitude", 0.5): bits[1]})
+        (answer,) = evaluate([claim], records)
+        assert answer.verdict is expected
+    (answer,) = evaluate([claim], [])
+    assert answer.verdict is Verdict.NOT_RUN
+    assert claim.decide in answer.reason
+    (answer,) = evaluate([claim], [record for record in records if record["cell"]["seed"] == 0])
+    assert answer.verdict is Verdict.UNDECIDED
+    assert answer.reason.startswith("one seed")
+
+
+def test_holm_counts_only_claims_with_evidence():
+    bits = {("imp", 0.5): "1111110000", ("magnitude", 0.5): "0" * 10}  # p = 1/32
+    claim = dataclasses.replace(CLAIMS[0], question=Verifies(picked("imp"), picked("magnitude")))
+    absent = dataclasses.replace(claim, question=Verifies(picked("usn"), picked("random")))
+    alone, nothing = evaluate([claim, absent], found(bits))
+    assert alone.p == pytest.approx(2 / 64)
+    assert alone.verdict is Verdict.SUPPORTED
+    assert nothing.p is None
+    twice = evaluate([claim, claim], found(bits))
+    assert [answer.p for answer in twice] == pytest.approx([4 / 64] * 2)
+    assert {answer.verdict for answer in twice} == {Verdict.UNDECIDED}
+
+
+def test_somewhere_pays_for_its_search():
+    methods = {("imp", 0.5): "1" * 7 + "000", ("imp", 0.8): "0" * 10, ("dense", 0.0): "0" * 10}
+    evidence = VerifiesSomewhere(picked("imp"), picked("dense")).ask(observations(found(methods)))
+    assert "ratio 0.5" in evidence.detail
+    assert evidence.p == pytest.approx(2 * sign_test([1] * 7).p)
+    worse = {("imp", 0.5): "0" * 10, ("imp", 0.8): "0" * 10, ("dense", 0.0): "1" * 10}
+    evidence = VerifiesSomewhere(picked("imp"), picked("dense")).ask(observations(found(worse)))
+    assert evidence.difference == -1.0
+    assert evidence.p < 0.05
+
+
+def test_numbers_are_compared_seed_by_seed():
+    def unstable(one):
+        return {"imp": 10.0, "dense": 13.0}[one.method] + one.seed
+
+    records = found({("imp", 0.5): "1" * 10, ("dense", 0.0): "1" * 10})
+    question = Measures(picked("imp"), picked("dense"), unstable, more=False, same_ratio=False)
+    evidence = question.ask(observations(records))
+    assert evidence.difference == 3.0
+    assert evidence.unit == "seeds"
+    assert evidence.units == 3
+    assert evidence.p == 0.0
+    one_seed = question.ask(observations(records[::3]))
+    assert one_seed.p == 1.0
+    assert math.isinf(one_seed.high)
+
+
+def test_trends_and_gains():
+    methods = {("dense", 0.0): "1" * 10, ("imp", 0.5): "1" * 10, ("imp", 0.8): "1" * 10, ("imp", 0.9): "1" * 10}
+    seen = observations(found(methods))
+    assert Falls(picked("imp"), lambda one: -one.ratio).ask(seen).difference == 1.0
+    assert Falls(picked("imp"), lambda one: -one.ratio, rises=True).ask(seen).difference == -1.0
+    assert Falls(picked("dense"), lambda one: 1.0).ask(seen) is None  # one ratio is no trend
+    assert Exceeds(picked("imp"), lambda one: 2.0).ask(seen).difference == 2.0
+    low, high = Perturb("contrast", 0.01), Perturb("contrast", 0.05)
+    records = found({("imp", 0.5): "1110000000", ("random", 0.5): "0" * 10}, perturbations=(high,))
+    records += found({("imp", 0.5): "1000000000", ("random", 0.5): "0" * 10}, perturbations=(low,))
+    gains = Gains(picked("imp"), picked("random"), lambda one: one.perturbation == "contrast 0.05")
+    assert gains.ask(observations(records)).difference == pytest.approx(0.2)
+
+
+def test_most_methods_match():
+    bits = "1" * 5 + "0" * 5
+    same = {(name, 0.5): bits for name in ("imp", "snip", "taylor")} | {("dense", 0.0): bits}
+    question = MatchesSomewhere(picked("imp", "snip", "taylor"), picked("dense"))
+    evidence = question.ask(observations(found(same)))
+    assert evidence.difference == 0.5
+    assert evidence.p == 0.0
+    assert "3 of 3" in evidence.detail
+    worse = same | {("snip", 0.5): "0" * 10, ("taylor", 0.5): "0" * 10}
+    evidence = question.ask(observations(found(worse)))
+    assert evidence.difference == pytest.approx(1 / 3 - 0.5)
+    assert evidence.p > 0.5
+
+
+def test_usn_claims_read_variants():
+    training = Training("natural", epochs=2)
+
+    def cell(variant, ratio, seed):
+        own = settings(lambda_w=10.0, prune={"usn": "high", "random": "random"}[variant])
+        return make_cell(seed=seed, training=training, pruning=Pruning("usn", ratio, own))
+
+    records = [make_record(cell("usn", 0.2, seed), "1" * 10) for seed in SEEDS]
+    records += [make_record(cell("random", 0.2, seed), "0" * 10) for seed in SEEDS]
+    (answer,) = evaluate([by_id("USN-1")], records)
+    assert answer.verdict is Verdict.SUPPORTED
+    assert answer.finding is not None
+
+
+def test_files_and_terminal(tmp_path, capsys):
+    from rich.console import Console
+
+    answers = evaluate(CLAIMS, found({("imp", 0.5): "1" * 10, ("dense", 0.0): "0" * 10}))
+    print_terminal(answers, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "CONTRADICTS ITSELF" in shown
+    assert "no record" in shown
+    written = export(answers, tmp_path)
+    assert {path.name for path in written} == {"claims.md", "claims.json"}
+    loaded = json.loads((tmp_path / "claims.json").read_text())
+    assert [entry["id"] for entry in loaded] == [claim.id for claim in CLAIMS]
+    assert len((tmp_path / "claims.md").read_text().splitlines()) == len(CLAIMS) + 6
