@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,20 @@ class Pruning:
     @property
     def label(self) -> str:
         """Short name for tables: the method, or which variant of it where one method stands for several."""
+        if recorded_by_state(self):
+            from runs.suites import nrs
+
+            return nrs.variant(self)
         if self.method != "usn" or not self.settings:
             return self.method
         from runs.suites.usn import variant
 
         return variant(self)
+
+
+def recorded_by_state(pruning: Pruning) -> bool:
+    """Whether all states of a run are certified and recorded: its pruning names a row of the NRSLoss paper's tables."""
+    return any(name == "row" for name, _ in pruning.settings)
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class Data:
         return self.name if self.limit is None else f"{self.name} ({self.limit:,} training images)"
 
 
-PERTURBATIONS: Mapping[str, str] = {
+PERTURBATIONS: dict[str, str] = {
     "linf": "every pixel may change by up to the magnitude",
     "l2": "the Euclidean length of the change is at most the magnitude",
     "brightness": "x + t for |t| up to the magnitude, clipped to [0, 1]",
@@ -149,6 +158,23 @@ PERTURBATIONS: Mapping[str, str] = {
 }
 """Perturbations that a cell can name, and what each does. ``certify`` holds their implementation."""
 
+OUTSIDE: dict[str, Callable[[float], Any]] = {}
+"""Perturbations from outside the tree: what makes the ``certify.Perturbation`` of each from its magnitude."""
+
+
+def register_perturbation(kind: str, make: Callable[[float], Any], line: str) -> None:
+    """Add a perturbation of your own to those that a cell can name.
+
+    Raises:
+        ValueError: the name is taken, or ``KIND:SIZE`` could not spell it.
+    """
+    if kind in PERTURBATIONS:
+        raise ValueError(f"there is a perturbation {kind!r} already; choose another name")
+    if re.fullmatch(r"[a-z0-9_]+", kind) is None:
+        raise ValueError(f"{kind!r}: a perturbation's name consists of small letters, digits and underscores")
+    PERTURBATIONS[kind] = line
+    OUTSIDE[kind] = make
+
 
 @dataclass(frozen=True)
 class Perturb:
@@ -159,7 +185,9 @@ class Perturb:
 
     def __post_init__(self) -> None:
         if self.kind not in PERTURBATIONS:
-            raise ValueError(f"unknown perturbation {self.kind!r}; known: {', '.join(PERTURBATIONS)}")
+            raise ValueError(
+                f"unknown perturbation {self.kind!r}; known: {', '.join(PERTURBATIONS)} (one of a plug-in: --plugin)"
+            )
         magnitude = _finite("Perturb", "magnitude", self.magnitude)
         if magnitude < 0:
             raise ValueError(f"the magnitude of {self.kind} must be >= 0, got {magnitude}")

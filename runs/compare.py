@@ -3,6 +3,7 @@
 python -m runs.compare                              the quick arena
 python -m runs.compare arena --preset smoke         a minute that shows that everything works
 python -m runs.compare report --results results     the leaderboard of what is on record, without running anything
+python -m runs.compare check --results results      every verdict on record attacked again
 python -m runs.compare --list                       what there is to choose from
 """
 
@@ -12,11 +13,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from runs import suites
+from runs import plugins, suites
 from runs.cell import PERTURBATIONS, Perturb
+from runs.engine import Shard
 from runs.report import FORMATS
 from runs.store import Record, Store, StoreError
 
@@ -41,7 +44,7 @@ CERTIFIERS = {
     "forward": "lines in the parameters of a semantic perturbation",
     "deviation": "the largest deviation of keypoints, exact, with verdicts at several distances",
 }
-ENGINES = ("auto", "serial", "processes")
+ENGINES = ("auto", "serial", "processes", "ray")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -54,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     what = p.add_argument_group("what to run")
-    what.add_argument("suite", nargs="?", default="arena", help="a suite, or 'report' for the records on disk")
+    what.add_argument(
+        "suite", nargs="?", default="arena", help="a suite, 'report' for the records on disk, 'check' to re-attack them"
+    )
     what.add_argument(
         "--preset", default="quick", help="how much of the suite: " + ", ".join(suites.preset_names("arena"))
     )
@@ -69,7 +74,12 @@ def parser() -> argparse.ArgumentParser:
         "--images", type=int, metavar="N", help="certify the first N test images instead of the preset's number"
     )
     what.add_argument("--seeds", nargs="+", type=int, metavar="S", help="these seeds instead of the preset's")
-    what.add_argument("--limit", type=int, metavar="N", help="run at most the first N cells of the plan")
+    what.add_argument("--limit", type=int, metavar="N", help="run (or check) at most the first N cells")
+    what.add_argument("--shard", metavar="I/N", help="only part I of N equal parts of the plan: one for each machine")
+    what.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE",
+        help="load methods, data sets, perturbations, verifiers from MODULE.register; may be repeated",
+    )  # fmt: skip
     how = p.add_argument_group("how to run it")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     how.add_argument("--data-dir", type=Path, metavar="DIR", help="where data sets lie; $CERTPRUNE_DATA if not given")
@@ -77,7 +87,16 @@ def parser() -> argparse.ArgumentParser:
         "--results", type=Path, default=Path("results"), metavar="DIR", help="where records and leaderboards go"
     )
     how.add_argument("--engine", choices=ENGINES, default="auto", help="auto: processes on a CPU, serial on a GPU")
-    how.add_argument("--workers", type=int, metavar="N", help="cells at once with processes; one per core if not given")
+    how.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="cells at once with processes or ray; one per core (or GPU of a cluster)",
+    )
+    how.add_argument(
+        "--address", help="with --engine ray: a running cluster (or auto); one is started here if not given"
+    )
+    how.add_argument("--gpus-per-worker", type=float, metavar="F", help="with --engine ray: 0.5 puts two on one GPU")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a cell; an equal share if not given")
     how.add_argument("--force", action="store_true", help="redo cells that are on record")
     how.add_argument("--dry-run", action="store_true", help="print the cells and the expected minutes, run nothing")
@@ -85,6 +104,10 @@ def parser() -> argparse.ArgumentParser:
         "--export", nargs="*", default=list(FORMATS), metavar="F", help="files to write: " + ", ".join(FORMATS)
     )
     how.add_argument("--traceback", action="store_true", help="print the full traceback of failed cells")
+    again = p.add_argument_group("check")
+    again.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long; the next check goes on")
+    again.add_argument("--probes", type=int, default=1000, metavar="N", help="forward passes for an image, about")
+    again.add_argument("--cross", type=int, default=2, metavar="N", help="images a verdict for auto-LiRPA to bound")
     p.add_argument(
         "--list", action="store_true", help="list suites, methods, models, data sets, perturbations, certifiers"
     )
@@ -99,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=_width())
     errors = Console(stderr=True, soft_wrap=True)
     try:
+        plugins.load(args.plugin)
         if args.list:
             show_list(console)
             return OK
@@ -107,8 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"unknown export format {bad[0]!r}; known: {', '.join(FORMATS)}")
         if args.suite == "report":
             return report_command(args, console)
+        if args.suite == "check":
+            return check_command(args, console)
         return run_command(args, console)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, ConnectionError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
         return USAGE
     except StoreError as error:
@@ -124,6 +150,11 @@ def _width() -> int:
         return 200
 
 
+def certifiers() -> dict[str, str]:
+    """Certifiers with one line each, those of plug-ins among them."""
+    return CERTIFIERS | plugins.verifiers()
+
+
 def show_list(console: Console) -> None:
     """Print what can be chosen, one line each."""
     from rich.table import Table as RichTable
@@ -137,7 +168,7 @@ def show_list(console: Console) -> None:
     sections += [(title, ours(package).describe()) for title, package in _NAMED_BY]
     sections += [
         ("perturbations (--perturbations KIND:SIZE)", dict(PERTURBATIONS)),
-        ("certifiers (--verifier)", CERTIFIERS),
+        ("certifiers (--verifier)", certifiers()),
     ]
     for title, entries in sections:
         grid = RichTable.grid(padding=(0, 2))
@@ -168,7 +199,9 @@ def selection(args: argparse.Namespace) -> suites.Selection:
     for name in args.datasets or ():
         check("data set", name.split(":")[0], ours("datasets").names())
     if args.verifier is not None:
-        check("certifier", args.verifier, CERTIFIERS)
+        check("certifier", args.verifier, certifiers())
+    if args.engine != "ray" and (args.address is not None or args.gpus_per_worker is not None):
+        raise ValueError("--address and --gpus-per-worker go with --engine ray")
     for option in ("limit", "images", "threads", "workers"):
         value = getattr(args, option)
         if value is not None and value < 1:
@@ -198,12 +231,15 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
     """Plan, run, and print the leaderboard of a suite."""
     from runs import progress
 
-    plan = suites.plan(args.suite, args.preset, selection(args))
+    whole = suites.plan(args.suite, args.preset, selection(args))
+    plan, part = whole, ""
+    if args.shard is not None:
+        plan, part = own_part(whole, Shard.parse(args.shard)), f", shard {args.shard}"
     store = Store(args.results)
     on_record = [cell for cell in plan.cells if (r := store.record(cell)) is not None and r["status"] == "done"]
     done = [] if args.force else on_record
     console.print(
-        f"{args.suite}, preset {args.preset}: {len(plan.cells)} cells, {len(done)} on record; "
+        f"{args.suite}, preset {args.preset}{part}: {len(plan.cells)} cells, {len(done)} on record; "
         f"expected {_minutes(plan.seconds(done))} on {plan.preset.hardware}. Expect: {plan.preset.expectation}.",
         highlight=False,
     )
@@ -216,32 +252,58 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             run_cells(plan.cells, args, store, shown)
         except KeyboardInterrupt:
             interrupted = True
-    records = [record for cell in plan.cells if (record := store.record(cell)) is not None]
+    # A shard shows the whole plan as far as it is here, so that shards in one folder write the same files.
+    records = [record for cell in whole.cells if (record := store.record(cell)) is not None]
     status = show_records(records, args, console)
+    if len(plan.cells) < len(whole.cells):
+        console.print(f"{len(records)} of the plan's {len(whole.cells)} cells are on record here.", highlight=False)
     if interrupted:
-        left = len(plan.cells) - len(records)
+        left = sum(store.record(cell) is None for cell in plan.cells)
         console.print(f"Interrupted with {left} cells to go. The same command resumes where this one stopped.")
         return INTERRUPTED
     return status
 
 
+def own_part(plan: suites.Plan, shard: Shard) -> suites.Plan:
+    """The cells of a plan that a shard runs."""
+    mine = shard.of(plan.cells, plan.costs)
+    return replace(plan, cells=tuple(plan.cells[i] for i in mine), costs=tuple(plan.costs[i] for i in mine))
+
+
 def run_cells(cells: Sequence[Cell], args: argparse.Namespace, store: Store, shown: progress.Progress) -> None:
     """Run the cells with the engine, the workers and the threads that the arguments ask for."""
-    from runs import engine
+    from runs import engine, ray_engine
     from runs.execute import Execute
     from runs.measure import available_cores
 
-    def work(threads: int) -> Callable[[], Execute]:
-        return Execute.factory(args.device, threads=threads, data_dir=args.data_dir, store=store)
+    data_dir: Path | None = args.data_dir
+    if args.engine == "ray":  # workers have a working directory of their own
+        ray_engine.require()
+        if ":" in args.device:
+            raise ValueError(f"Ray chooses the GPU of each worker; use --device cuda, not {args.device}")
+        store, data_dir = Store(store.root.resolve()), data_dir and data_dir.resolve()
 
+    def work(threads: int, device: str = args.device) -> Callable[[], Execute]:
+        return Execute.factory(device, threads=threads, data_dir=data_dir, store=store)
+
+    def elsewhere(threads: int) -> engine.Factory:
+        return plugins.Prepared(tuple(args.plugin), work(threads))
+
+    left = [cell for cell in cells if args.force or engine.finished(store.record(cell)) is None]
+    if args.engine == "ray":
+        if args.address is None:  # what has to be rendered or unpacked, once for all workers of this machine
+            work(available_cores(), "cpu")().prepare(left, shown)
+        gpus = 0.0 if args.device == "cpu" else args.gpus_per_worker
+        cluster = ray_engine.RayEngine(args.workers, args.threads or 1, gpus, args.address)
+        cluster.run(cells, elsewhere(args.threads or 1), store, shown, force=args.force)
+        return
     cores = available_cores()
     here = work(args.threads or cores)()
-    left = [cell for cell in cells if args.force or (r := store.record(cell)) is None or r["status"] != "done"]
     workers = min(args.workers or cores, max(1, len(left)))
     if args.engine == "processes" or (args.engine == "auto" and here.device.type == "cpu" and workers > 1):
         here.prepare(left, shown)
-        many = engine.ProcessEngine(workers)
-        many.run(cells, work(args.threads or max(1, cores // workers)), store, shown, force=args.force)
+        threads = args.threads or max(1, cores // workers)
+        engine.ProcessEngine(workers).run(cells, elsewhere(threads), store, shown, force=args.force)
     else:
         engine.SerialEngine().run(cells, here, store, shown, force=args.force)
 
@@ -284,17 +346,45 @@ def report_command(args: argparse.Namespace, console: Console) -> int:
     return FAILED if scan.problems else status
 
 
+def check_command(args: argparse.Namespace, console: Console) -> int:
+    """Attack every verdict under --results again; 1 when one breaks or could not be checked.
+
+    Raises:
+        ValueError: there is no finished record, or a number out of range.
+    """
+    from runs import check, checked
+    from runs.execute import resolve_device
+
+    if args.budget is not None and not args.budget > 0:
+        raise ValueError(f"--budget is a number of seconds > 0, got {args.budget}")
+    effort = checked.Effort(args.probes, args.cross)
+    scan = Store(args.results).scan()
+    for problem in scan.problems:
+        console.print(problem, style="red", markup=False, highlight=False)
+    records = checked.order(scan.records, args.results)[: args.limit]
+    if not records:
+        raise ValueError(f"no finished records under {args.results.resolve()}; run python -m runs.compare first")
+    checker = check.Checker(Store(args.results), resolve_device(args.device), args.data_dir, effort)
+    findings = check.run(checker, records, args.budget, console)
+    console.print(checked.summary(findings, len(records)), highlight=False)
+    bad = scan.problems or any(found.breaks or found.problems for found in findings)
+    return FAILED if bad else OK
+
+
 def show_records(records: Sequence[Record], args: argparse.Namespace, console: Console) -> int:
     """Print and export the leaderboard; 1 when a cell failed."""
-    from runs import engine, leaderboard, report, usn_report
+    from runs import checked, engine, leaderboard, nrs_records, nrs_report, report, usn_report
 
-    tables: list[Table] = leaderboard.build(records)
+    tables: list[Table] = leaderboard.build(nrs_records.unfold(records))
     report.print_terminal(tables, console)
     if records and args.export:
         for path in report.export(tables, records, args.results, args.export):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    for path in usn_report.show(records, args.results, args.export or (), console):
-        console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    if (line := checked.footer(records, args.results)) is not None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for shown in (usn_report.show, nrs_report.show):
+        for path in shown(records, args.results, args.export or (), console):
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     failures = engine.failed(records)
     for record in failures:
         error = record["error"]

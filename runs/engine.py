@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import threading
 import traceback
@@ -17,13 +18,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from queue import Empty
 from typing import Any, Protocol
 
 from runs.cell import SCHEMA, Cell
 from runs.progress import Progress
-from runs.store import DONE, FAILED, Locked, Record, Slot, StorageFull, Store
+from runs.store import DONE, FAILED, Locked, Record, Slot, StorageFull, Store, out_of_space
 
 
 class Work(Protocol):
@@ -61,8 +63,20 @@ def attempt(cell: Cell, work: Work, slot: Slot, progress: Progress) -> Record:
     except StorageFull:
         raise
     except Exception as error:
+        if out_of_space(error):  # from a library that writes files itself: no fault of the cell
+            raise StorageFull.during(slot.path) from error
         record = failure(cell, error)
     return slot.write_record(record)
+
+
+def bury(cell: Cell, store: Store, progress: Progress) -> Record:
+    """Write the record of a cell whose process died under it."""
+    error = ChildProcessError("the process of this cell died: it was killed, or ran out of memory")
+    slot = store.slot(cell)
+    with slot.lock(wait=True):
+        record = slot.write_record(failure(cell, error))
+    progress.end(cell, record, cached=False)
+    return record
 
 
 class SerialEngine:
@@ -79,7 +93,7 @@ class SerialEngine:
         queue = deque((cell, False) for cell in unique)
         while queue:
             cell, wait = queue.popleft()
-            if not force and (found := _finished(store.record(cell))) is not None:
+            if not force and (found := finished(store.record(cell))) is not None:
                 records[cell] = found
                 progress.end(cell, found, cached=True)
                 continue
@@ -97,7 +111,7 @@ class SerialEngine:
     def _run(cell: Cell, work: Work, slot: Slot, progress: Progress, *, force: bool) -> Record:
         if force:
             slot.clear()
-        elif (found := _finished(slot.record())) is not None:
+        elif (found := finished(slot.record())) is not None:
             progress.end(cell, found, cached=True)
             return found
         progress.begin(cell)
@@ -106,7 +120,8 @@ class SerialEngine:
         return record
 
 
-def _finished(record: Record | None) -> Record | None:
+def finished(record: Record | None) -> Record | None:
+    """The record of a cell that need not be run again, else None."""
     return record if record is not None and record["status"] == DONE else None
 
 
@@ -164,11 +179,7 @@ class ProcessEngine:
             over.set()
             listener.join(timeout=5)
         for cell in [cell for cell in cells if cell in running and cell not in records]:
-            error = ChildProcessError("the process of this cell died: it was killed, or ran out of memory")
-            slot = store.slot(cell)
-            with slot.lock(wait=True):
-                records[cell] = slot.write_record(failure(cell, error))
-            progress.end(cell, records[cell], cached=False)
+            records[cell] = bury(cell, store, progress)
 
 
 _WORK: Work | None = None
@@ -234,6 +245,50 @@ def _listen(events: Queue[Any], progress: Progress, running: set[Cell], over: th
         elif name == "end":
             running.discard(arguments[0])
         getattr(progress, name)(*arguments, **named)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``index`` of ``count`` of a plan, counted from 1: machines that share no file can each run one.
+
+    The parts of a plan are the same everywhere, share no cell, and cost about the same. Cells that share a trained
+    network lie in the same part, so that it is trained once.
+    """
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.index <= self.count:
+            raise ValueError(f"a shard I/N needs 1 <= I <= N, got {self.index}/{self.count}")
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``2/3``.
+
+        Raises:
+            ValueError: not of this form, or out of range.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+        if match is None:
+            raise ValueError(f"cannot read shard {text!r}; expected I/N such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, cells: Sequence[Cell], costs: Sequence[float]) -> list[int]:
+        """Positions of this part's cells, in the plan's order; ``costs`` are expected seconds, one a cell.
+
+        Trainings go, the most expensive first, to the part that has least to do so far.
+        """
+        groups: dict[str, list[int]] = {}
+        for position, cell in enumerate(cells):
+            groups.setdefault(cell.training_key, []).append(position)
+        loads = [0.0] * self.count
+        mine: list[int] = []
+        for positions in sorted(groups.values(), key=lambda own: (-sum(costs[i] for i in own), own[0])):
+            least = min(range(self.count), key=lambda part: (loads[part], part))
+            loads[least] += sum(costs[i] for i in positions)
+            mine += positions if least == self.index - 1 else []
+        return sorted(mine)
 
 
 def failed(records: Iterable[Record]) -> list[Record]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import math
 import shutil
 import statistics as stdlib_statistics
@@ -28,11 +29,16 @@ import models
 from certify.perturbations import Perturbation
 from methods import masks
 from methods.training.config import TrainingConfig
+from methods.training.crown_ibp import CROWNIBP
+from methods.training.fast_ibp import fast_ibp
+from methods.training.fgsm import FGSM
 from methods.training.ibp import IBP
 from methods.training.natural import Natural
 from methods.training.objective import Objective
-from runs import channels, deviations, measure
-from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier
+from methods.training.pgd import PGD
+from methods.training.trades import TRADES
+from runs import channels, deviations, measure, nrs_records, nrs_states, nrs_warmup
+from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier, recorded_by_state
 from runs.packages import ours
 from runs.progress import Progress
 from runs.shifts import Shifted
@@ -56,9 +62,9 @@ class Library:
     """Data sets that this process has loaded; consecutive cells share them."""
 
     root: Path | None
-    loaded: dict[tuple[Data, int], Packs] = field(default_factory=dict)
+    loaded: dict[tuple[Data, int | None], Packs] = field(default_factory=dict)
 
-    def get(self, data: Data, images: int, tell: Callable[[int, int], None]) -> Packs:
+    def get(self, data: Data, images: int | None, tell: Callable[[int, int], None]) -> Packs:
         """Load a data set, or return it if this process has it.
 
         Raises:
@@ -106,13 +112,13 @@ class Execute:
 
         A data set that cannot be had is left to its cells, which fail with the reason.
         """
-        for cell in {(cell.data, cell.verifier.images): cell for cell in cells}.values():
+        for cell in {(cell.data, test_images(cell)): cell for cell in cells}.values():
 
             def tell(done: int, total: int, cell: Cell = cell) -> None:
                 progress.step(cell, "preparing the data", done, total)
 
             with contextlib.suppress(OSError, ValueError, RuntimeError):
-                self.library.get(cell.data, cell.verifier.images, tell)
+                self.library.get(cell.data, test_images(cell), tell)
 
     def __call__(self, cell: Cell, slot: Slot, progress: Progress) -> Record:
         started = time.perf_counter()
@@ -120,18 +126,15 @@ class Execute:
         def tell(done: int, total: int) -> None:
             progress.step(cell, "preparing the data", done, total)
 
-        packs = self.library.get(cell.data, cell.verifier.images, tell)
+        packs = self.library.get(cell.data, test_images(cell), tell)
         fingerprints = {name: getattr(packs, name).fingerprint for name in ("train", "val", "test")}
         trained = self._trained(cell, slot, packs, fingerprints, progress)
-        model = models.load(slot.model_path, device=self.device)
-        mask = masks.load(slot.mask_path, model)
-        x, y = packs.test.tensors(device=self.device)
         if any(row["data"] != fingerprints["test"] for row in slot.examples()):
             slot.clear_examples()  # verdicts on other images than today's
-        results = [
-            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress)
-            for position, perturbation in enumerate(cell.perturbations)
-        ]
+        if recorded_by_state(cell.pruning):
+            found = self._states(cell, slot, packs, trained, progress)
+        else:
+            found = self._network(cell, slot, packs, progress)
         return {
             "schema": SCHEMA,
             "key": cell.key,
@@ -145,15 +148,62 @@ class Execute:
                 "images": {"train": len(packs.train), "val": len(packs.val), "test": len(packs.test)},
                 "split_rule": packs.test.meta.get("split_rule"),
             },
-            "network": model.recipe.to_dict(),
             "training": trained["training"],
+            **found,
+            "environment": measure.environment(self.device),
+            "timing": {"seconds": time.perf_counter() - started},
+        }
+
+    def _network(self, cell: Cell, slot: Slot, packs: Packs, progress: Progress) -> dict[str, Any]:
+        """Certify the network of this folder; what the record says of it."""
+        model = models.load(slot.model_path, device=self.device)
+        mask = masks.load(slot.mask_path, model)
+        x, y = packs.test.tensors(device=self.device)
+        results = [
+            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress)
+            for position, perturbation in enumerate(cell.perturbations)
+        ]
+        return {
+            "network": model.recipe.to_dict(),
             "size": measure.sizes(model, mask, x[:1]),
             "mask": {"structured": mask.structured, "density": mask.density, "layers": mask.layer_density},
             "results": results,
             **self._channels(cell, model, mask, packs),
-            "environment": measure.environment(self.device),
-            "timing": {"seconds": time.perf_counter() - started},
         }
+
+    def _states(
+        self, cell: Cell, slot: Slot, packs: Packs, trained: dict[str, Any], progress: Progress
+    ) -> dict[str, Any]:
+        """Certify every state of this folder's run; the record's own numbers are those of the state chosen."""
+        test, val = (pack.tensors(device=self.device) for pack in (packs.test, packs.val))
+        x, y = (part[: cell.verifier.images] for part in test)
+        found: list[dict[str, Any]] = []
+        recipe: dict[str, Any] = {}
+        for line in trained["states"]:
+            index = line["index"]
+            model, mask = nrs_states.load(slot.path, index, self.device)
+            recipe = model.recipe.to_dict()
+            small = nrs_states.without_pruned(model, mask, x, _perturbation(cell.perturbations[0]))
+            results: list[dict[str, Any]] = []
+            for perturbation in cell.perturbations:
+                result = certify_one(
+                    cell, perturbation, small.network, x, y, packs.test, slot,
+                    index * len(cell.perturbations) + len(results), progress, index, len(trained["states"]),
+                )  # fmt: skip
+                tag = {"perturbation": perturbation.label, "state": index, "event": "measured"}
+                rows = [row for row in slot.examples() if row.items() >= tag.items()]
+                if not rows:
+                    measured = nrs_states.measured(cell, model, small.network, _perturbation(perturbation), test, val)
+                    rows = [{**tag, "data": packs.test.fingerprint, "measured": measured}]
+                    slot.append_examples(rows)
+                results.append(result | rows[0]["measured"])
+            found.append(
+                {**line, **nrs_states.summary(model, mask, x[:1]), "removal": small.facts, "results": results}
+                | {"constant": results[0]["constant"]}
+            )
+        index = nrs_records.chosen(found)
+        parts = {name: found[index][name] for name in ("size", "mask", "results")}
+        return {"network": recipe, **parts, "states": found, "chosen": index}
 
     def _channels(self, cell: Cell, model: nn.Module, mask: masks.Mask, packs: Packs) -> dict[str, Any]:
         """What the USN metrics say of each channel of the finished network, on validation images."""
@@ -181,9 +231,9 @@ class Execute:
     def _train(
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
     ) -> dict[str, Any]:
-        config = build_config(cell)
-        method_class, _ = methods.get(cell.pruning.method)
-        network = models.create(
+        by_state = recorded_by_state(cell.pruning)
+        method = nrs_states.method(cell) if by_state else methods.get(cell.pruning.method)[0](build_config(cell))
+        network: nn.Module = models.create(
             cell.network.name,
             num_outputs=packs.train.num_outputs,
             in_channels=packs.train.in_channels,
@@ -193,8 +243,9 @@ class Execute:
             mean=packs.train.mean,
             std=packs.train.std,
             seed=cell.seed,
-        ).to(self.device)
-        total = total_epochs(config)
+        )
+        network = nrs_warmup.prepare(network, cell.training.objective, cell.seed).to(self.device)
+        total = total_epochs(method.config)
         epochs_done = 0
 
         def tell(model: nn.Module, record: object) -> None:
@@ -209,21 +260,30 @@ class Execute:
         val = packs.val.batches(256, device=self.device, shuffle=False)
         folder = slot.path / "training"
         progress.step(cell, "training", 0, total)
+        names: list[str] = []
+        states: list[dict[str, Any]] = []
         with measure.Peak(self.device) as peak:
-            outcome = method_class(config).fit(
-                network,
-                batches,
-                val=val,
-                seed=cell.seed,
-                device=self.device,
-                checkpoint=folder,
-                callbacks=(tell,),
-            )
-        models.save(outcome.model, slot.model_path)
-        masks.save(outcome.mask, slot.mask_path)
+            if by_state:
+                for outcome in nrs_states.states(
+                    method, network, batches, val, cell.seed, self.device, folder, (tell,)
+                ):  # fmt: skip
+                    names += nrs_states.save(outcome, len(states), slot.path)
+                    states.append(nrs_states.described(outcome, len(states), nrs_states.removed(method, len(states))))
+            else:
+                outcome = method.fit(
+                    network,
+                    batches,
+                    val=val,
+                    seed=cell.seed,
+                    device=self.device,
+                    checkpoint=folder,
+                    callbacks=(tell,),
+                )
+                models.save(nrs_warmup.fold(outcome.model), slot.model_path)
+                masks.save(outcome.mask, slot.mask_path)
+                names += [slot.model_path.name, slot.model_path.with_suffix(".json").name, slot.mask_path.name]
         selected = outcome.history.selected()
-        names = (slot.model_path.name, slot.model_path.with_suffix(".json").name, slot.mask_path.name)
-        line = {
+        line: dict[str, Any] = {
             "event": "trained",
             "files": {name: file_sha256(slot.path / name) for name in names},
             "fingerprints": fingerprints,
@@ -234,6 +294,7 @@ class Execute:
                 "timing": {"seconds": outcome.history.seconds, "peak_mb": peak.mb},
                 **remarks(outcome),
             },
+            **({"states": states} if by_state else {}),
         }
         slot.write_history([*outcome.history.to_dicts(), line])
         shutil.rmtree(folder, ignore_errors=True)
@@ -262,25 +323,44 @@ def head(cell: Cell, task: str) -> str | None:
     return cell.network.head or ("keypoints" if task == "keypoints" else None)
 
 
-OBJECTIVES: dict[str, type[Any]] = {"natural": Natural, "ibp": IBP}
+def test_images(cell: Cell) -> int | None:
+    """How many test images a cell needs: those it certifies, more where accuracy is measured on more; None for all."""
+    return nrs_states.test_images(cell.verifier) if recorded_by_state(cell.pruning) else cell.verifier.images
+
+
+def _perturbation(named: Perturb) -> Perturbation:
+    return measure.perturbation(named.kind, named.magnitude)
+
+
+OBJECTIVES: dict[str, Callable[..., Objective]] = {
+    "natural": Natural,
+    "fgsm": FGSM,
+    "pgd": PGD,
+    "trades": TRADES,
+    "ibp": IBP,
+    "crown-ibp": CROWNIBP,
+    "fast-ibp": fast_ibp,
+}
+"""Trainings that a cell can name."""
 
 
 def build_objective(training: Training, own: dict[str, Any]) -> Objective:
     """The training objective by name.
 
     Raises:
-        ValueError: unknown name, or a radius missing or given where there is none.
+        ValueError: unknown name or setting, or a radius missing or given where there is none.
     """
     from runs.suites.plan import check
 
     check("training", training.objective, OBJECTIVES)
     kind = OBJECTIVES[training.objective]
-    takes_eps = "eps" in {item.name for item in dataclasses.fields(kind)}
-    if takes_eps != (training.eps is not None):
-        need = "needs a radius (eps)" if takes_eps else "takes no radius (eps)"
+    known = inspect.signature(kind).parameters
+    if ("eps" in known) != (training.eps is not None):
+        need = "needs a radius (eps)" if "eps" in known else "takes no radius (eps)"
         raise ValueError(f"training {training.objective!r} {need}, got eps={training.eps}")
-    objective: Objective = kind(**own, **({"eps": training.eps} if takes_eps else {}))
-    return objective
+    for name in own:
+        check(f"setting of training {training.objective}", name, (n for n in known if n != "eps"))
+    return kind(**own, **({"eps": training.eps} if "eps" in known else {}))
 
 
 def build_config(cell: Cell) -> Any:
@@ -331,19 +411,26 @@ def certify_one(
     slot: Slot,
     position: int,
     progress: Progress,
+    state: int | None = None,
+    states: int = 1,
 ) -> dict[str, Any]:
-    """Verdicts on all images ``x`` (N, C, H, W) of the test ``pack`` under one perturbation, and their summary."""
+    """Verdicts on all images ``x`` (N, C, H, W) of the test ``pack`` under one perturbation, and their summary.
+
+    ``state`` numbers the network in a run that has ``states`` of them; its rows say so.
+    """
     label = perturbation.label
     rows = slot.examples()
-    own = [row for row in rows if row["perturbation"] == label]
+    own = [r for r in rows if r["perturbation"] == label and r.get("state") == state and "event" not in r]
     whole = len(own) if len(own) == len(x) else len(own) - len(own) % BATCH
     if whole != len(own):  # a batch that was torn apart is done again as a whole, with the same numbers
         slot.keep_examples(len(rows) - (len(own) - whole))
         own = own[:whole]
+    total = states * len(cell.perturbations) * len(x)
     for start in range(whole, len(x), BATCH):
-        progress.step(cell, f"certifying {label}", position * len(x) + start, len(cell.perturbations) * len(x))
+        progress.step(cell, f"certifying {label}", position * len(x) + start, total)
         batch = slice(start, start + BATCH)
         fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start)
+        fresh = [row if state is None else {**row, "state": state} for row in fresh]
         slot.append_examples(fresh)
         own += fresh
     result = summarise(perturbation, own, pack.task)

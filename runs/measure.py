@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from certify.bounds.activations import ReLU
 from certify.bounds.interval import intervals
 from certify.perturbations import Perturbation
 from methods import masks
+from runs import plugins
+from runs.cell import OUTSIDE
 
 JOINT_CONTRAST = 2.55
 """Contrast radius of the joint perturbation over its brightness radius: the USN paper trains at 1/255 with 0.01."""
@@ -60,6 +63,11 @@ def unstable_relus(model: nn.Module, x: Tensor, p: Perturbation) -> Tensor:
                 low, high = found[node.inputs[0]]
                 count += ((low < 0) & (high > 0)).flatten(1).sum(1)
     return count
+
+
+def relus(model: nn.Module, x: Tensor) -> int:
+    """How many ReLUs an image of ``x`` (N, C, H, W) passes through."""
+    return sum(math.prod(node.shape) for node in Network(model, x[:2]).graph.nodes if isinstance(node.op, ReLU))
 
 
 class Peak:
@@ -103,12 +111,13 @@ def _proc_status() -> Iterator[tuple[str, str]]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Library versions, device name and thread count, for the record."""
+    """Library versions, device name, thread count and plug-ins, for the record."""
     versions = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    return {"versions": versions, "device": device_name(device), "threads": torch.get_num_threads()}
+    found = {"versions": versions, "device": device_name(device), "threads": torch.get_num_threads()}
+    return found | {"plugins": outside} if (outside := plugins.loaded()) else found
 
 
 def device_name(device: torch.device) -> str:
@@ -130,7 +139,16 @@ def available_cores() -> int:
 
 
 def perturbation(kind: str, magnitude: float) -> Perturbation:
-    """The ``certify`` perturbation that a cell names."""
+    """The ``certify`` perturbation that a cell names.
+
+    Raises:
+        TypeError: a perturbation from outside the tree made something else.
+    """
+    if kind in OUTSIDE:
+        made = OUTSIDE[kind](magnitude)
+        if not isinstance(made, Perturbation):
+            raise TypeError(f"the perturbation {kind!r} made {type(made).__name__}, expected a certify.Perturbation")
+        return made
     kinds = {
         "linf": certify.Linf,
         "l2": certify.L2,

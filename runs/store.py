@@ -32,17 +32,39 @@ class StoreError(RuntimeError):
 class StorageFull(StoreError):
     """The disk (or the quota) is full."""
 
+    @classmethod
+    def during(cls, path: Path, doing: str = "writing") -> StorageFull:
+        """With what was going on, what is kept, and what to do."""
+        return cls(
+            f"no space left while {doing} {path}. Finished cells and all verdicts written so far are kept: "
+            "free some space and run the same command again, it resumes there."
+        )
+
 
 class Locked(StoreError):
     """Another process is working on this cell."""
 
 
+_NO_SPACE = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether a full disk is behind an error, also where a library put it into words of its own."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        if isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(link) for text in _NO_SPACE):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
 def _explain(error: OSError, path: Path, doing: str) -> StoreError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(
-            f"no space left while {doing} {path}. Finished cells and all verdicts written so far are kept: "
-            "free some space and run the same command again, it resumes there."
-        )
+    if out_of_space(error):
+        return StorageFull.during(path, doing)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return StoreError(f"may not write {path} ({error.strerror}); choose another folder with --results DIR")
     return StoreError(f"{doing} {path} failed: {error.strerror or error}")
@@ -305,8 +327,10 @@ class Store:
                 if record is not None:
                     from_dict(record["cell"])
                     scan.records.append(record)
-            except (StoreError, ValueError, KeyError) as error:
-                scan.problems.append(f"{error} ({path}); run the same command again to redo this cell")
+            except StoreError as error:
+                scan.problems.append(f"{error}; run the same command again to redo this cell")
+            except (ValueError, KeyError) as error:
+                scan.problems.append(f"{path} is no record of a cell known here: {error}")
         return scan
 
     def same_training(self, cell: Cell) -> Slot | None:

@@ -7,12 +7,14 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from runs import plugins
 from runs.cell import Cell, Network, Perturb
 from runs.suites.preset import Block, Preset
 
 _SUITES: Mapping[str, str] = {
     "arena": "every pruning method on the same networks, data and budgets, certified in the same way",
     "usn": "USN pruning and its baselines on keypoints: the paper's Tables I to III, Figures 3 and 4, and studies",
+    "nrs": "NRSLoss and iterative pruning: every state certified; the paper's Tables I to VI and Figures 2 to 10",
 }
 
 
@@ -83,7 +85,7 @@ def plan(suite: str, preset: str, selection: Selection) -> Plan:
     """
     presets = _presets(suite)
     check("preset", preset, presets)
-    chosen = presets[preset]()
+    chosen = plugins.widen(presets[preset](), selection.methods, selection.datasets)
     available = {block.data.name: None for block in chosen.blocks}
     names = selection.datasets or chosen.default
     for name in names:
