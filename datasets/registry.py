@@ -93,6 +93,12 @@ def _aircraft(request: Request) -> Pack:
     return rendered.load_aircraft(request)
 
 
+def _scenes(request: Request) -> Pack:
+    from datasets import scenes_packs
+
+    return scenes_packs.load(request)
+
+
 _FILES = frozenset({"val_fraction", "download"})
 
 SOURCES: dict[str, Source] = {
@@ -106,6 +112,20 @@ SOURCES: dict[str, Source] = {
             "rendered airliners, 64×64 RGB, 24 named keypoints, 2,000/300/154 (aircraft:paper 8,000/800/154)",
             _aircraft,
             variants=("quick", "paper"),
+            options=frozenset({"image_size"}),
+        ),
+        Source(
+            "scenes_flowers",
+            "rendered flowers, 64×64 RGB, known sun and warmth, 20 species, 1,000/200/200 (scenes_flowers:full 102)",
+            _scenes,
+            variants=("quick", "full"),
+            options=frozenset({"image_size"}),
+        ),
+        Source(
+            "scenes_faces",
+            "rendered faces, 64×64 RGB, known smile and warmth, 20 people, 1,000/200/200 (scenes_faces:full 307)",
+            _scenes,
+            variants=("quick", "full"),
             options=frozenset({"image_size"}),
         ),
         Source("fashion_mnist", "FashionMNIST, 28×28 grey, 10 classes, 60,000 + 10,000", _vision, options=_FILES),
@@ -154,7 +174,9 @@ def find(title: str) -> tuple[Source, str]:
     """The source and variant meant by "name" or "name:variant". Raises ValueError naming close matches."""
     name, _, variant = title.partition(":")
     if name not in SOURCES:
-        close = difflib.get_close_matches(name, SOURCES, n=3, cutoff=0.5)
+        plain = {source.replace("_", ""): source for source in SOURCES}  # so that FashionMNIST is close as well
+        asked = name.lower().replace("_", "").replace("-", "")
+        close = [plain[match] for match in difflib.get_close_matches(asked, plain, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(sorted(SOURCES))}"
         raise ValueError(f"unknown data set {name!r}; {hint} (a path ending in .npz loads a data set of your own)")
     source = SOURCES[name]
