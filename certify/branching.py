@@ -215,7 +215,8 @@ class Search:
         self.tally.depth = max(self.tally.depth, int(state["depth"].max()))
         if best.weights is not None:
             state["weights"] = best.weights.t()
-        lower = torch.maximum(best.lower, state["lower"])
+        # A bound that overflowed (NaN) says nothing; its parent's stays.
+        lower = torch.fmax(best.lower, state["lower"])
         gain = (
             float((lower.clamp(max=0) - state["lower"].clamp(max=0)).mean())
             if bool((state["lower"] > -math.inf).all())
@@ -394,7 +395,7 @@ def _affine_minimum(net: ReluNet, sign: Tensor, lo: Tensor, row: int | None) -> 
     constant = unit.new_zeros(count + 1)
     constant[count] = 1
     values = [unit]
-    above, below = [], []
+    above, below = [unit[:0]], [unit[:0]]
     for k, block in enumerate(net.blocks, 1):
         z = block.bias.unsqueeze(1) * constant
         for j, link in block.links.items():

@@ -96,6 +96,10 @@ class Hue(Path):
         if float(torch.as_tensor(self.eps).max()) > 0.5:
             raise ValueError(f"a hue radius above half a turn covers the circle twice; got {self.eps}")
 
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        self._split(x[:1])
+
     def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return _symmetric(self.eps, x)
 

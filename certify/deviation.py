@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from certify import line
+from certify import inputs, line
 from certify.motion import parametric
 from certify.perturbations import Perturbation
 from certify.precisions import Precisions
@@ -68,27 +68,25 @@ def deviation(
         ValueError: for a perturbation of many parameters, a bad `tol`, a model in training mode, bad images.
         UnsupportedOperation: for an operation without a sound bound.
     """
+    inputs.check(model, x, p)
     if not parametric(p):
         raise ValueError(f"the largest deviation is found along perturbations of few parameters, not {p.describe()}")
     if not 0 < tol < math.inf:
         raise ValueError(f"tol must be a positive number, got {tol}")
-    if model.training:
-        raise ValueError("the model is in training mode, where its answer depends on the batch; call model.eval()")
-    if not len(x):
-        raise ValueError("no images: the batch is empty")
-    p.check(x)
+    inputs.check_evaluation(model)
     # The property's threshold only shifts margins; that of a circle is shifted least by a small one.
     delta = 1.0 if norm == "linf" else 1e-9
     spec = Deviation(delta, norm, directions=line.DIRECTIONS)
     stretch = 1.0 if norm == "linf" else 1 / math.cos(math.pi / line.DIRECTIONS)
     parts = []
     with torch.no_grad():
+        reference = inputs.outputs(model, x)
         nets = Precisions(model, x)
         for at in range(0, len(x), chunk):
             part = torch.arange(at, min(at + chunk, len(x)), device=x.device)
             own = p.select(part, len(x))
             assert parametric(own)
-            found = line.minimum(nets, x[part], model(x[part]), spec, own, budget or Budget(), tol, method=method)
+            found = line.minimum(nets, x[part], reference[part], spec, own, budget or Budget(), tol, method=method)
             lower = delta - found.upper
             upper = torch.maximum((delta - found.lower) * stretch, lower)
             parts.append(Deviations(lower, upper, found.argmin, found.timeout, found.seconds, found.work))

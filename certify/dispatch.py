@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -10,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from certify import attack as attacks
-from certify import bab, line
+from certify import bab, inputs, line
 from certify.bounds import METHODS as BOUNDS
 from certify.bounds import Graph, UnsupportedOperation, lower_rows
 from certify.curves import Curve, Path
 from certify.motion import parametric
 from certify.perturbations import Box, Perturbation
-from certify.precisions import Precisions
+from certify.precisions import Precisions, apart
+from certify.space import Space
 from certify.specs import Spec, margin, select
 from certify.verdicts import Budget, Certificate, Status, join
 
@@ -26,16 +29,39 @@ LINE = {"line": "auto", "line-branch": "branch", "line-enumerate": "enumerate"}
 # Complete for boxes and balls, for one image at a time.
 SEARCH = ("bab", "milp")
 METHODS = ("auto", *INCOMPLETE, *LINE, *SEARCH)
+# Verifiers from outside the tree.
+Outside = Callable[[nn.Module, Tensor, Spec, Perturbation, Budget, int], Certificate]
+OUTSIDE: dict[str, Outside] = {}
+# How far their counterexamples may lie outside of the box around the perturbation, for rounding.
+STRAY = 1e-6
 # What complete verifiers may spend where no budget is given.
 BUDGET = Budget(seconds=60)
 
 # Margins this close to zero, relative to the size of the outputs, are settled in float64. Measured differences between
-# float32 and float64 margins stay below 2e-5 of that size on trained networks.
-SCREEN = 1e-3
-# What is kept for rounding in float64, relative to the same size.
-MARGIN = 1e-9
+# float32 and float64 margins stay below 2e-5 of that size on trained networks; where outputs themselves differ by more,
+# so many times the largest difference seen at corners of the set counts.
+SCREEN, SCREEN_SEEN = 1e-3, 100.0
+# What is kept for rounding in float64, relative to the same.
+MARGIN, MARGIN_SEEN = 1e-9, 1e-6
 # HiGHS keeps constraints and integrality to 1e-6 or so.
 MILP_MARGIN = 1e-5
+
+
+def register(name: str, verifier: Outside) -> None:
+    """Add a verifier of your own to the methods of `verify`.
+
+    Args:
+        name: as given to ``verify(method=...)``.
+        verifier: called as verifier(model, x, spec, p, budget, seed), without gradients, on checked inputs in the
+            chunks of `verify`; returns a `Certificate` for every image of x. HOLDS is taken at its word. VIOLATED needs
+            a counterexample that the model fails on in a plain forward pass.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in METHODS or name in OUTSIDE:
+        raise ValueError(f"there is a verifier {name!r} already; choose another name")
+    OUTSIDE[name] = verifier
 
 
 def verify(
@@ -73,17 +99,19 @@ def verify(
 
     Raises:
         ValueError: for bad images, labels, radii, non-finite weights, a model in training mode, an unknown method.
+        TypeError: for something else than a module, a tensor, a property, a perturbation or a budget.
         certify.UnsupportedOperation: for an operation without a sound bound.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown verifier {method!r}; choose one of {', '.join(METHODS)}")
-    if model.training:
-        raise ValueError(
-            "the model is in training mode, where its answer depends on the batch; call model.eval() first"
-        )
-    if not len(x):
-        raise ValueError("no images to verify: the batch is empty")
-    p.check(x)
+    if method not in METHODS and method not in OUTSIDE:
+        raise ValueError(f"unknown verifier {method!r}; choose one of {', '.join((*METHODS, *OUTSIDE))}")
+    inputs.check(model, x, p)
+    inputs.check_evaluation(model)
+    if isinstance(spec, type) or not hasattr(spec, "rows"):
+        raise TypeError(f"spec must be Classification(labels), Deviation(delta) or Linear(C, d), got {spec!r:.80}")
+    if budget is not None and not isinstance(budget, Budget):
+        raise TypeError(f"budget must be a certify.Budget, such as Budget(seconds=60), got {budget!r:.80}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 image, got {chunk}")
     p = p.spread(x)
     few = parametric(p)
     if method in SEARCH and isinstance(p, Path):
@@ -95,16 +123,21 @@ def verify(
     budget = budget or BUDGET
     parts = []
     with torch.no_grad():
-        reference = model(x)
+        reference = inputs.outputs(model, x)
         if not bool(torch.isfinite(reference).all()):
             raise ValueError("the network's outputs on the unperturbed images hold NaN or infinity; check its weights")
         rows = spec.rows(reference)  # a property that does not fit the network is refused before any work
         if not bool(torch.isfinite(rows.C).all() and torch.isfinite(torch.as_tensor(rows.d)).all()):
             raise ValueError("the property holds NaN or infinity; every row needs finite coefficients and constants")
-        nets = Precisions(model, x)
+        nets = Precisions(model, x) if method in METHODS else None
         for at in range(0, len(x), chunk):
             part = torch.arange(at, min(at + chunk, len(x)), device=x.device)
             own = select(spec, reference, part)
+            if nets is None:
+                parts.append(_outside(method, model, x[part], own, p.select(part, len(x)), budget, seed + at))
+                if progress is not None:
+                    progress(parts[-1])
+                continue
             task = _Chunk(nets, x[part], reference[part], own, p.select(part, len(x)), budget)
             task.look()
             task.decide(method, attack, seed + at)
@@ -114,6 +147,34 @@ def verify(
     return join(parts)
 
 
+def _outside(
+    name: str, model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, budget: Budget, seed: int
+) -> Certificate:
+    """The answer of a verifier from outside the tree, checked as far as a forward pass can."""
+    found = OUTSIDE[name](model, x, spec, p, budget, seed)
+    if not isinstance(found, Certificate):
+        raise TypeError(f"the verifier {name!r} returned {type(found).__name__}, expected a certify.Certificate")
+    if len(found.status) != len(x) or not set(found.status.tolist()) <= set(Status):
+        raise ValueError(
+            f"the verifier {name!r} returned {len(found.status)} statuses for {len(x)} images, or values that are none "
+            "of certify.Status"
+        )
+    broken = (found.status == Status.VIOLATED).nonzero().squeeze(1).to(x.device)
+    if len(broken):
+        inputs = found.counterexamples[broken].to(x)
+        reference = model(x)
+        stands = ~(margin(select(spec, reference, broken), model(inputs), reference[broken]) <= 0)
+        low, high = p.select(broken, len(x)).hull(x[broken])
+        strays = ((inputs < low - STRAY) | (inputs > high + STRAY)).flatten(1).any(1)
+        for wrong, why in ((strays, "lies outside of the perturbation"), (stands, "does not break the property")):
+            if bool(wrong.any()):
+                raise ValueError(
+                    f"the verifier {name!r} calls image {int(broken[wrong][0])} of its chunk VIOLATED, but the "
+                    f"counterexample that it gives {why}"
+                )
+    return dataclasses.replace(found, method=name)
+
+
 class _Chunk:
     """The open and settled images of one chunk."""
 
@@ -121,7 +182,7 @@ class _Chunk:
         self, nets: Precisions, x: Tensor, reference: Tensor, spec: Spec, p: Perturbation, budget: Budget
     ) -> None:
         self.nets, self.x, self.reference, self.spec, self.p, self.budget = nets, x, reference, spec, p, budget
-        rows = spec.rows(reference)
+        rows = spec.rows(reference.double())  # constants are not rounded to the images' precision
         self.C, self.d = rows.C, torch.as_tensor(rows.d)
         n = len(x)
         self.status = torch.full((n,), Status.UNKNOWN, dtype=torch.int64, device=x.device)
@@ -132,7 +193,7 @@ class _Chunk:
         self.work: dict[str, Tensor] = {}
         k = p.parameters if parametric(p) else 0
         self.parameters = torch.full((n, k), math.nan, dtype=x.dtype, device=x.device) if k else None
-        outputs = reference.abs().amax(1, keepdim=True)
+        outputs = reference.double().abs().amax(1, keepdim=True)
         self.size = (self.C.abs().sum(2) * outputs + self.d.abs()).amax(1)
 
     def _open(self) -> Tensor:
@@ -174,20 +235,32 @@ class _Chunk:
             return
         start = time.perf_counter()
         lower = self._margins(self.nets.given, index, method, self.x.dtype)
-        slack = SCREEN * self.size[index]
+        kept = MARGIN * self.size[index]
         if self.x.dtype != torch.float64:
+            slack = SCREEN * self.size[index]
+            if bool((lower > 0).any()):
+                slack = torch.maximum(slack, SCREEN_SEEN * self.noise[index])
+                kept = torch.maximum(kept, MARGIN_SEEN * self.noise[index])
             close = (lower.abs() <= slack).nonzero().squeeze(1)
             if len(close):
                 lower[close] = self._margins(self.nets.double, index[close], method, torch.float64).to(lower)
         self.lower[index] = torch.maximum(self.lower[index], lower)
-        self.status[index[lower > MARGIN * self.size[index]]] = Status.HOLDS
+        self.status[index[lower > kept]] = Status.HOLDS
         self.bounded[index.cpu()] += self.C.shape[1]
         self._spend(index, start)
 
     def _margins(self, graph: Graph, index: Tensor, method: str, dtype: torch.dtype) -> Tensor:
         x, C, d = (v[index].to(dtype) for v in (self.x, self.C, self.d))
         p = self.p.select(index, len(self.x))
-        return (lower_rows(graph, x, p, method, C, self.budget.memory // 4) + d).amin(1)
+        lower = (lower_rows(graph, x, p, method, C, self.budget.memory // 4) + d).amin(1)
+        return torch.where(torch.isfinite(lower), lower, -math.inf)  # what overflowed says nothing
+
+    @functools.cached_property
+    def noise(self) -> Tensor:
+        """How much float32 and float64 differ in the margins at two opposite corners of the set (N,)."""
+        rough = torch.stack(self.p.hull(self.x))
+        found = apart(self.nets.given, self.nets.double, self.C, rough, rough.double())
+        return found.nan_to_num(nan=math.inf).to(self.x)  # float32 overflows: nothing that it says counts
 
     def line(self, method: str, seed: int) -> None:
         """Decide the open images along their path of parameters."""
@@ -252,8 +325,12 @@ class _Chunk:
         worst = min(rows, key=lambda row: row.value)
         if lower > MILP_MARGIN * max(1.0, size):
             self._record(i, Status.HOLDS, lower, None)
-        elif worst.x is not None and float((self.C[i] @ self.nets.model(worst.x.to(x))[0] + self.d[i]).min()) <= 0:
-            self._record(i, Status.VIOLATED, lower, worst.x)
+            return
+        point = None if worst.x is None else worst.x.to(x)
+        if point is not None and not parametric(p):
+            point = Space.of(x, p, exact=True).settle(point)  # what rounding moved out of the set
+        if point is not None and float((self.C[i] @ self.nets.model(point)[0].double() + self.d[i]).min()) <= 0:
+            self._record(i, Status.VIOLATED, lower, point)
         elif not all(row.finished for row in rows):
             self._record(i, Status.TIMEOUT, lower, None)
 

@@ -166,10 +166,12 @@ class _Walker:
             return None
 
     def _grain(self, start: Tensor, width: float) -> float:
-        """Breakpoints closer than this differ by rounding alone: a few units in the last place of the image."""
-        if width <= 0:
-            return 0.0
-        return 4 * torch.finfo(self.dtype).eps * width / max(float((start[-1] - start[0]).abs().max()), 1e-30)
+        """Breakpoints closer than this differ by rounding alone: a few units in the last place of the image.
+
+        What counts is how far pixels travel, not where they end: a closed path ends where it starts.
+        """
+        travelled = float(start.double().diff(dim=0).abs().sum(0).max())
+        return 4 * torch.finfo(self.dtype).eps * width / travelled if width > 0 and travelled > 0 else 0.0
 
     def _node(self, index: int, values: _Values) -> Tensor:
         op = self.graph.operation(index)
@@ -227,11 +229,11 @@ class _Walker:
         pieces = len(values.t) - 1
         for _ in range(40):
             margins, dip = self._tail(values)
-            points = margins.amin(1)
+            points = margins.amin(1).nan_to_num(nan=-math.inf, posinf=-math.inf)  # what overflowed proves nothing
             best = points.argmin()
             if dip is None or not len(dip):
                 break
-            floor = (torch.minimum(margins[1:], margins[:-1]) - dip).amin(1)
+            floor = (torch.minimum(margins[1:], margins[:-1]) - dip).amin(1).nan_to_num(nan=-math.inf)
             size = float(points.abs().max()) + 1
             rough = (floor < points[best] - 1e-7 * size).nonzero().squeeze(1)
             if not len(rough):

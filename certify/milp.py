@@ -24,6 +24,9 @@ from certify.bounds.rewrite import relu_form
 from certify.curves import Path
 from certify.perturbations import L2, Perturbation
 
+# HiGHS keeps constraints and reduced costs to 1e-7, integrality to 1e-6.
+TOLERANCE = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Minimum:
@@ -31,7 +34,7 @@ class Minimum:
 
     Attributes:
         value: the smallest value found (a point's value: an upper bound of the minimum); inf when there is none.
-        bound: proven lower bound; equal to `value` up to the solver's gap when it finished.
+        bound: proven lower bound; equal to `value` up to the solver's gap and tolerances when it finished.
         x: (1, *input) where `value` is attained, float64; None when there is none.
         binaries: binary variables.
         finished: whether the solver proved its value within the limit.
@@ -95,7 +98,11 @@ def minimum(
 
 
 class _Program:
-    """Variables: inputs, then for every block its values (after the ReLU), then one binary an undecided unit."""
+    """Variables: inputs, then for every block its values (after the ReLU), then one binary an undecided unit.
+
+    The solver's tolerances are absolute, so every variable counts in units of its own size (ReLUs allow that): without,
+    a network whose layers are large and small in turn gets wrong answers.
+    """
 
     def __init__(self, net: ReluNet) -> None:
         self.net = net
@@ -104,6 +111,8 @@ class _Program:
         self.binaries = int(self.at[-1])
         self.count = self.binaries + net.units
         middle, half = _array(net.middle), _array(net.half)
+        self.sizes = [_positive(np.abs(middle) + half)]
+        middle, half = middle / self.sizes[0], half / self.sizes[0]
         low = np.concatenate([middle - half, np.full(self.count - len(middle), -np.inf)])
         high = np.concatenate([middle + half, np.full(self.count - len(middle), np.inf)])
         low[self.binaries :], high[self.binaries :] = 0, 1
@@ -112,8 +121,14 @@ class _Program:
             n, size = block.undecided, len(block.bias)
             bias = _array(block.bias)
             own = scipy.sparse.identity(size, format="csr")
-            parts = {j: _matrix(link) for j, link in block.links.items()}
+            parts = {j: _matrix(link) @ scipy.sparse.diags(self.sizes[j]) for j, link in block.links.items()}
             lo, hi = _array(net.lo[net.span(k)]), _array(net.hi[net.span(k)])
+            most_of = np.abs(bias) + sum(np.asarray(abs(m).sum(1)).ravel() for m in parts.values())
+            most_of[:n] = np.maximum(-lo, hi)
+            unit = _positive(most_of)
+            self.sizes.append(unit)
+            parts = {j: (scipy.sparse.diags(1 / unit) @ m).tocsr() for j, m in parts.items()}
+            bias, lo, hi = bias / unit, lo / unit[:n], hi / unit[:n]
             if size > n:
                 # On: v = z.
                 rows.append(self._place({**{j: -m[n:] for j, m in parts.items()}, k: own[n:]}))
@@ -158,29 +173,38 @@ class _Program:
         """Value, bound, inputs and whether the row is solved."""
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        parts = {j: _matrix(link)[row] for j, link in self.net.rows.links.items()}
+        parts = {j: (_matrix(link) @ scipy.sparse.diags(self.sizes[j]))[row] for j, link in self.net.rows.links.items()}
         constant = float(self.net.rows.bias[row])
-        if not parts:
+        if not parts or not self.count:
             return constant, constant, _array(self.net.middle), True
+        objective = self._place(parts).toarray()[0]
+        unit = float(_positive(np.abs(objective).max()))
+        # What tolerances on constraints and reduced costs can add up to.
+        off = TOLERANCE * float(np.abs(objective).sum())
         integrality = np.zeros(self.count)
         integrality[self.binaries :] = 1
         options = {"mip_rel_gap": gap}
         if math.isfinite(seconds):
             options["time_limit"] = seconds
         result = milp(
-            self._place(parts).toarray()[0],
+            objective / unit,
             integrality=integrality,
             bounds=Bounds(self.low, self.high),
             constraints=None if self.matrix is None else LinearConstraint(self.matrix, self.least, self.most),
             options=options,
         )
-        bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) + constant
+        bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) * unit + constant - off
         if result.x is None:
             return math.inf, bound, None, False
-        value = float(result.fun) + constant
+        value = float(result.fun) * unit + constant
         # Without binaries the solver is a linear one and reports no dual bound.
-        bound = value if result.mip_dual_bound is None and result.status == 0 else bound
-        return value, bound, result.x[: len(self.net.middle)], result.status == 0
+        bound = value - off if result.mip_dual_bound is None and result.status == 0 else bound
+        return value, bound, result.x[: len(self.net.middle)] * self.sizes[0], result.status == 0
+
+
+def _positive(size: np.ndarray) -> np.ndarray:
+    """`size` with 1 for what is zero."""
+    return np.where(size > 0, size, 1.0)
 
 
 def _array(value: Tensor) -> np.ndarray:

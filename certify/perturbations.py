@@ -94,14 +94,33 @@ class Perturbation(abc.ABC):
                 raise ValueError(f"{field.name} has {len(value)} radii for a batch of {len(x)} images; give one each")
 
 
-def _check_radius(eps: Radius, name: str = "eps") -> None:
+def _check_radius(eps: Radius, name: str = "eps") -> float:
+    """Refuse what is no radius; the largest one."""
     if isinstance(eps, Tensor):
-        ends = [float(v) for v in torch.aminmax(eps.detach())] if eps.numel() else []
+        if eps.ndim > 1:
+            raise ValueError(f"{name} must be a number or one radius an image, (N,), got shape {tuple(eps.shape)}")
+        ends = [float(v) for v in torch.aminmax(eps.detach())] if eps.numel() else [0.0]
     else:
-        ends = [float(eps)]
+        try:
+            ends = [float(eps)] if not isinstance(eps, str) else []
+        except TypeError:
+            ends = []
+        if not ends:
+            raise TypeError(f"{name} must be a number, or a tensor (N,) with one radius an image, got {eps!r}")
     for value in ends:
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number >= 0, got {value}")
+    return ends[-1]
+
+
+def _check_reach(eps: Radius, clip: bool, name: str = "eps") -> None:
+    """As `_check_radius`, for a radius of pixel values: above 1 it is one of images in [0, 255], left undivided."""
+    most = _check_radius(eps, name)
+    if clip and most > 1:
+        raise ValueError(
+            f"{name} = {most:g} is more than the whole range of images in [0, 1]; 8 of 255 grey levels are 8 / 255 "
+            "(for images without that range: clip=False)"
+        )
 
 
 def _spread(eps: Radius, like: Tensor) -> Tensor:
@@ -129,7 +148,7 @@ class Linf(Perturbation):
     name: ClassVar[str] = "linf"
 
     def __post_init__(self) -> None:
-        _check_radius(self.eps)
+        _check_reach(self.eps, self.clip)
 
     def hull(self, x: Tensor) -> tuple[Tensor, Tensor]:
         eps = _spread(self.eps, x)
@@ -185,7 +204,15 @@ class Box(Perturbation):
     name: ClassVar[str] = "box"
 
     def __post_init__(self) -> None:
-        if not bool((self.lo <= self.hi).all()):
+        if not (isinstance(self.lo, Tensor) and isinstance(self.hi, Tensor)):
+            raise TypeError(f"lo and hi must be tensors, got {type(self.lo).__name__} and {type(self.hi).__name__}")
+        try:
+            ordered = self.lo <= self.hi
+        except RuntimeError:
+            raise ValueError(
+                f"lo and hi must fit each other, got shapes {tuple(self.lo.shape)} and {tuple(self.hi.shape)}"
+            ) from None
+        if not bool(ordered.all()):
             raise ValueError("inverted box: some entries have lo > hi (or are NaN); swap the ends or fix the input")
 
     def hull(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,7 +300,7 @@ class Brightness(AffineFamily):
     name: ClassVar[str] = "brightness"
 
     def __post_init__(self) -> None:
-        _check_radius(self.eps)
+        _check_reach(self.eps, self.clip)
 
     def directions(self, x: Tensor) -> Tensor:
         return torch.ones_like(x).unsqueeze(1)
@@ -319,7 +346,7 @@ class BrightnessContrast(AffineFamily):
     parameters: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        _check_radius(self.eps_brightness, "eps_brightness")
+        _check_reach(self.eps_brightness, self.clip, "eps_brightness")
         _check_radius(self.eps_contrast, "eps_contrast")
 
     def directions(self, x: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ class Linear:
     d: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.C, Tensor):
+            raise TypeError(f"C must be a tensor (N, rows, outputs) or (rows, outputs), got {type(self.C).__name__}")
         if self.C.ndim not in (2, 3) or self.C.shape[-2] == 0:
             raise ValueError(
                 f"C must be (N, rows, outputs) or (rows, outputs) with at least one row, got {self.C.shape}"
@@ -45,8 +47,10 @@ class Linear:
             C = C.expand(len(reference), *C.shape)
         elif len(C) != len(reference):
             raise ValueError(f"C is for a batch of {len(C)}, but there are {len(reference)} images")
-        d = torch.as_tensor(self.d, dtype=reference.dtype, device=reference.device).expand(C.shape[:2])
-        return Linear(C, d)
+        d = torch.as_tensor(self.d, dtype=reference.dtype, device=reference.device)
+        if d.ndim > 2 or any(a not in (1, b) for a, b in zip(reversed(d.shape), reversed(C.shape[:2]))):
+            raise ValueError(f"d has shape {tuple(d.shape)}, but C has {C.shape[1]} rows for {len(C)} images")
+        return Linear(C, d.expand(C.shape[:2]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,10 +59,23 @@ class Classification:
 
     y: Tensor
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.y, Tensor):
+            raise TypeError(
+                f"labels must be a tensor of integers (N,), got {type(self.y).__name__}; torch.as_tensor makes one"
+            )
+
     def rows(self, reference: Tensor) -> Linear:
         classes = reference.shape[1]
-        if self.y.shape != reference.shape[:1] or self.y.is_floating_point():
-            raise ValueError(f"labels must be integers of shape ({len(reference)},), got {self.y.shape} {self.y.dtype}")
+        if (
+            self.y.shape != reference.shape[:1]
+            or self.y.is_floating_point()
+            or self.y.is_complex()
+            or self.y.dtype == torch.bool
+        ):
+            raise ValueError(
+                f"labels must be integers of shape ({len(reference)},), got {tuple(self.y.shape)} {self.y.dtype}"
+            )
         if classes < 2:
             raise ValueError("a classification property needs a network with at least two outputs")
         if self.y.numel() and not (int(self.y.min()) >= 0 and int(self.y.max()) < classes):
@@ -97,13 +114,16 @@ class Deviation:
             raise ValueError(f"the reference is {tuple(centre.shape)}, the outputs are {tuple(reference.shape)}")
         n, k = reference.shape
         delta = torch.as_tensor(self.delta, dtype=reference.dtype, device=reference.device)
+        if self.norm == "point_l2" and k % 2:
+            raise ValueError(f"point_l2 needs an even number of outputs (x, y pairs), got {k}")
+        places = k if self.norm == "linf" else k // 2
+        if tuple(delta.shape) not in ((), (1,), (places,)):
+            raise ValueError(f"delta must be a number or {places} of them, got shape {tuple(delta.shape)}")
         if self.norm == "linf":
             eye = torch.eye(k, dtype=reference.dtype, device=reference.device)
             C = torch.cat([eye, -eye])
             delta = delta.expand(k).repeat(2)
         else:
-            if k % 2:
-                raise ValueError(f"point_l2 needs an even number of outputs (x, y pairs), got {k}")
             angles = torch.arange(self.directions, dtype=reference.dtype, device=reference.device)
             angles = 2 * torch.pi * (angles + 0.5) / self.directions
             unit = torch.stack([angles.cos(), angles.sin()], 1)
@@ -143,6 +163,7 @@ def select(spec: Spec, reference: Tensor, index: Tensor) -> Spec:
 
 def margin_rows(y: Tensor, classes: int) -> Tensor:
     """Rows (N, classes - 1, classes) of ``y_label - y_other``, others in ascending order."""
+    y = y.long()  # labels of type uint8 would select as a mask does
     eye = torch.eye(classes, device=y.device)
     others = torch.arange(classes - 1, device=y.device).expand(len(y), -1)
     others = others + (others >= y.unsqueeze(1))

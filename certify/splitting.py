@@ -128,4 +128,5 @@ def _bound(graph: Graph, region: Region, C: Tensor, d: Tensor, any_row: bool) ->
         # A coordinate without a slope still matters through the relaxations.
         effect = effect + 0.1 * width * effect.sum(1, keepdim=True) / width.sum(1, keepdim=True).clamp_min(1e-300)
         effect = torch.where(effect.sum(1, keepdim=True) > 0, effect, width)
-    return rows.amax(1) if any_row else rows.amin(1), effect.argmax(1)
+    lower = rows.amax(1) if any_row else rows.amin(1)
+    return lower.nan_to_num(nan=-torch.inf, posinf=-torch.inf), effect.argmax(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from certify import inputs
 from certify.bounds import alpha, forward
 from certify.bounds.crown import crown_intervals, crown_rows
 from certify.bounds.graph import Graph
@@ -95,14 +96,21 @@ def bounds(
         UnsupportedOperation: for an operation without a sound bound, naming it and its module.
         ValueError: for bad images, radii, weights, `C`, or an unknown method.
     """
-    p.check(x)
+    inputs.check(model, x, p)
     if method.startswith("auto-lirpa"):
         from certify import lirpa
 
         return lirpa.bounds(model, x, p, method.partition(":")[2] or "CROWN", C)
     # A few images are enough to trace; batch normalisation in training mode needs the statistics of all of them.
     saved = {name: value.clone() for name, value in model.named_buffers()} if model.training else {}
-    graph, _ = trace(model, x if model.training else x[:2])
+    try:
+        graph, _ = trace(model, x if model.training else x[:2])
+    except UnsupportedOperation:
+        raise
+    except RuntimeError:
+        with torch.no_grad():
+            inputs.outputs(model, x[:2])  # the model's own complaint, if it has one
+        raise
     if saved:
         with torch.no_grad():
             for name, value in model.named_buffers():

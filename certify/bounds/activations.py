@@ -11,6 +11,12 @@ from torch import Tensor
 from certify.bounds.op import Monotone, Relaxation
 
 
+def _share(part: Tensor, lo: Tensor, hi: Tensor, where: Tensor) -> Tensor:
+    """``part / (hi - lo)`` on the entries `where`, else `part`. Halves, because a width may overflow where its ends do
+    not: a slope of 0 would then be too flat."""
+    return 0.5 * part / torch.where(where, 0.5 * hi - 0.5 * lo, 0.5)
+
+
 class ReLU(Monotone):
     """``max(x, 0)``, the triangle relaxation of CROWN (Zhang et al., 2018).
 
@@ -22,12 +28,12 @@ class ReLU(Monotone):
         return inputs[0].clamp(min=0)
 
     def unstable(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return (lo < 0) & (hi > 0)
+        return ~((lo >= 0) | (hi <= 0))  # also where an end is NaN, which must not pass for decided
 
     def relax(self, lo: Tensor, hi: Tensor) -> Relaxation:
         unstable = self.unstable(lo, hi)
         zero = torch.zeros_like(lo)
-        chord = hi / torch.where(unstable, hi - lo, torch.ones_like(lo))
+        chord = _share(hi, lo, hi, unstable)
         active = (lo >= 0).to(lo.dtype)
         slope_hi = torch.where(unstable, chord, active)
         slope_lo = torch.where(unstable, (hi > -lo).to(lo.dtype), active)
@@ -46,13 +52,13 @@ class LeakyReLU(Monotone):
         return torch.maximum(inputs[0], self.slope * inputs[0])
 
     def unstable(self, lo: Tensor, hi: Tensor) -> Tensor:
-        return (lo < 0) & (hi > 0)
+        return ~((lo >= 0) | (hi <= 0))
 
     def relax(self, lo: Tensor, hi: Tensor) -> Relaxation:
         unstable = self.unstable(lo, hi)
         zero = torch.zeros_like(lo)
         stable = torch.where(lo >= 0, torch.ones_like(lo), torch.full_like(lo, self.slope))
-        chord = (hi - self.slope * lo) / torch.where(unstable, hi - lo, torch.ones_like(lo))
+        chord = self.slope + (1 - self.slope) * _share(hi, lo, hi, unstable)
         slope_lo = torch.where(
             unstable, torch.where(hi > -lo, torch.ones_like(lo), torch.full_like(lo, self.slope)), stable
         )
@@ -86,7 +92,7 @@ class Clamp(Monotone):
 
         # Upper line: from (lo, f(lo)) to where the function last rises, or the constant f(hi) where that is closer.
         reach = torch.where(above, torch.full_like(hi, self.high), hi) if math.isfinite(self.high) else hi
-        rise = (f_hi - f_lo) / torch.where(below, reach - lo, one)
+        rise = _share(f_hi - f_lo, lo, reach, below)
         # Over the concave end alone, the identity and the constant `high` are both above; keep the one that is closer.
         concave = above & ~below
         flat_hi = torch.where(concave, (hi - self.high) > (self.high - lo), (hi - reach) > (reach - lo))
@@ -97,7 +103,7 @@ class Clamp(Monotone):
 
         # Lower line: mirror image.
         start = torch.where(below, torch.full_like(lo, self.low), lo) if math.isfinite(self.low) else lo
-        climb = (f_hi - f_lo) / torch.where(above, hi - start, one)
+        climb = _share(f_hi - f_lo, start, hi, above)
         convex = below & ~above
         flat_lo = torch.where(convex, (self.low - lo) >= (hi - self.low), (start - lo) >= (hi - start))
         slope_lo = torch.where(above, climb, torch.where(convex, one, slope))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from certify.bounds.op import Affine, Coefficients, Interval
-from certify.bounds.windows import Neurons, Window
+from certify.bounds.windows import Neurons, Window, transposed
 
 
 class Linear(Affine):
@@ -78,18 +78,16 @@ class Conv2d(Affine):
             if grown is not None:
                 return (grown,)
         c = c.dense()
-        flat = c.flat()
-        extra = tuple(
-            size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
-            for size, out, s, p, d, k in zip(
-                self.input_shape[1:], flat.shape[2:], self.stride, self.padding, self.dilation, self.weight.shape[2:]
-            )
-        )
-        back = F.conv_transpose2d(flat, self.weight, None, self.stride, self.padding, extra, self.groups, self.dilation)
+        size = (self.input_shape[1], self.input_shape[2])
+        back = transposed(c.flat(), self.weight, self.stride, self.padding, self.dilation, self.groups, size)
         return (c.like(back),)
 
     def offset(self, c: Coefficients) -> Tensor | None:
-        return None if self._bias is None else c.sum(self._bias.reshape(-1, 1, 1))
+        if self._bias is None:
+            return None
+        if isinstance(c, (Window, Neurons)):
+            return c.sum(self._bias.reshape(-1, 1, 1))
+        return c.data.sum((-2, -1)) @ self._bias
 
 
 class Scale(Affine):

@@ -159,6 +159,21 @@ def alpha_rows(
     return torch.cat(bounds), slopes
 
 
+class _Adam:
+    """Adam's steps for one tensor (Kingma and Ba, 2015). PyTorch's own takes seconds to import its compiler first."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.first, self.second, self.count = torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def move(self, gradient: Tensor, rate: float) -> Tensor:
+        """The step up `gradient`."""
+        self.count += 1
+        self.first.lerp_(gradient, 0.1)
+        self.second.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        root = (self.second / (1 - 0.999**self.count)).sqrt_().add_(1e-8)
+        return self.first.div(root).mul_(rate / (1 - 0.9**self.count))
+
+
 def _optimise(
     graph: Graph, region: Region, found: list[Interval], lines: Lines, node: int, rows: Tensor, steps: int, rate: float
 ) -> tuple[Tensor, dict[int, Slopes]]:
@@ -174,8 +189,8 @@ def _optimise(
         return best, begin
     kept = {k: v.value.clone() for k, v in begin.items()}
     value = {k: v.value.clone().requires_grad_() for k, v in begin.items()}
-    optimiser = torch.optim.Adam(value.values(), lr=rate)
-    for _ in range(steps):
+    ascents = {k: _Adam(v) for k, v in value.items()}
+    for step in range(steps):
         with torch.enable_grad():
             now = bound({k: Slopes(v.entries, value[k]) for k, v in begin.items()})
             if not now.requires_grad:
@@ -186,14 +201,9 @@ def _optimise(
             best = torch.where(better, now, best)
             for k, v in value.items():
                 kept[k] = torch.where(better.unsqueeze(2), v, kept[k])
-            for v, gradient in zip(value.values(), gradients, strict=True):
-                v.grad = None if gradient is None else -gradient
-        optimiser.step()
-        with torch.no_grad():
-            for group in optimiser.param_groups:
-                group["lr"] *= 0.98
-            for v in value.values():
-                v.clamp_(0, 1)
+            for (k, v), gradient in zip(value.items(), gradients, strict=True):
+                if gradient is not None:
+                    v.add_(ascents[k].move(gradient, rate * 0.98**step)).clamp_(0, 1)
     with torch.no_grad():
         now = bound({k: Slopes(v.entries, value[k]) for k, v in begin.items()})
         better = now > best

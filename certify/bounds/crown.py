@@ -19,6 +19,9 @@ from certify.bounds.pooling import MaxPool2d, PoolRelaxation
 from certify.bounds.region import Region
 from certify.bounds.windows import Maps, Neurons
 
+# Bytes of one chunk's functionals on a processor: a few of these fit its last cache.
+CACHE = 1 << 22
+
 Lines = dict[int, Relaxation | PoolRelaxation]
 # An adjustment of the functionals at a node, such as the multipliers of split constraints in beta-CROWN.
 Adjust = Callable[[int, Coefficients], Coefficients]
@@ -163,15 +166,20 @@ def _tighten(
     if not len(image):
         return lo, hi
     widest = max(torch.Size(node.shape).numel() for node in graph.nodes[: index + 1])
-    chunk = max(1, memory // (16 * lo.element_size() * widest))
+    # Until it is seen how far windows grow, they are taken to cover their maps.
+    first = min(memory // 16, 2 * _working_set(lo.device, memory))
+    chunk, at = max(1, first // (lo.element_size() * widest)), 0
     lower, upper = [], []
     maps, shortcut = Maps(), _Shortcut(found)
-    for at in range(0, len(image), chunk):
+    while at < len(image):
         part = slice(at, at + chunk)
         start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype, maps)
         ends = shortcut.backward(graph, region, lines, index, start)
         lower.append(ends[:, 0])
         upper.append(-ends[:, 1])
+        at += chunk
+        if shortcut.widest:
+            chunk = max(1, _working_set(lo.device, memory) // (lo.element_size() * shortcut.widest))
     flat = image * where[0].numel() + entry
     below, above = torch.cat(lower), torch.cat(upper)
     if intersect:
@@ -180,6 +188,14 @@ def _tighten(
     new_hi = hi.flatten().index_put((flat,), above).reshape(hi.shape)
     # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
+
+
+def _working_set(device: torch.device, memory: int) -> int:
+    """Bytes for the functionals of one chunk: half a dozen tensors of that size are alive at once.
+
+    On a processor they are passed over again and again and best stay in its cache; on a GPU fewer, larger steps win.
+    """
+    return min(memory // 8, CACHE) if device.type == "cpu" else memory // 8
 
 
 class _Shortcut:
@@ -191,6 +207,7 @@ class _Shortcut:
 
     def __init__(self, found: list[Interval]) -> None:
         self.found = found
+        self.widest = 0  # numbers that one neuron's functionals took at most
         self._regions: dict[int, Region] = {}
         self._pays: dict[int, bool] = {}
 
@@ -201,6 +218,7 @@ class _Shortcut:
 
         def settle(at: int, c: Coefficients, constant: Tensor) -> Tensor | None:
             nonlocal alive
+            self.widest = max(self.widest, c.data[0].numel())
             if not self._pays.get(at, True):
                 return None
             if at not in self._regions:

@@ -167,7 +167,8 @@ class Affine(Op):
         return value if bias is None else value + bias
 
     def interval(self, *inputs: Interval) -> Interval:
-        centre = self.forward(*[(lo + hi) / 2 for lo, hi in inputs])
+        # Where a sum of ends overflows, lerp's middle overflows only together with the radius, which then says so.
+        centre = self.forward(*[torch.lerp(lo, hi, 0.5) for lo, hi in inputs])
         radius = self.magnitude(*[(hi - lo) / 2 for lo, hi in inputs])
         return centre - radius, centre + radius
 

@@ -27,7 +27,7 @@ class Region:
     @functools.cached_property
     def middle(self) -> Tensor:
         """The middle of the box."""
-        return (self.lo + self.hi) / 2
+        return torch.lerp(self.lo, self.hi, 0.5)  # the sum of the ends may overflow
 
     @functools.cached_property
     def half(self) -> Tensor:
