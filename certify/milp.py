@@ -26,6 +26,8 @@ from certify.perturbations import L2, Perturbation
 
 # HiGHS keeps constraints and reduced costs to 1e-7, integrality to 1e-6.
 TOLERANCE = 1e-6
+# Units whose bounds are smaller than this share of their terms are counted in that.
+NOISE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,9 @@ class _Program:
             own = scipy.sparse.identity(size, format="csr")
             parts = {j: _matrix(link) @ scipy.sparse.diags(self.sizes[j]) for j, link in block.links.items()}
             lo, hi = _array(net.lo[net.span(k)]), _array(net.hi[net.span(k)])
-            most_of = np.abs(bias) + sum(np.asarray(abs(m).sum(1)).ravel() for m in parts.values())
-            most_of[:n] = np.maximum(-lo, hi)
-            unit = _positive(most_of)
+            terms = np.abs(bias) + sum(np.asarray(abs(m).sum(1)).ravel() for m in parts.values())
+            # Of a unit that is undecided by rounding alone the bounds are noise, which is not to be blown up.
+            unit = _positive(np.concatenate([np.maximum(np.maximum(-lo, hi), NOISE * terms[:n]), terms[n:]]))
             self.sizes.append(unit)
             parts = {j: (scipy.sparse.diags(1 / unit) @ m).tocsr() for j, m in parts.items()}
             bias, lo, hi = bias / unit, lo / unit[:n], hi / unit[:n]

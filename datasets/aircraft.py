@@ -29,7 +29,7 @@ from datasets.aircraft_geometry import KEYPOINTS, build
 from datasets.aircraft_render import GROUNDS, Rendered, Scene, render
 from datasets.aircraft_sampling import SETTINGS, draw
 
-VERSION = 1
+VERSION = 6
 """Goes up whenever a change to the renderer or to the sampling changes images; part of the meta data."""
 
 SPLITS: tuple[str, ...] = ("train", "val", "test")

@@ -8,21 +8,37 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from datasets.aircraft_airframes import AIRFRAMES
 from datasets.aircraft_geometry import build
 from datasets.aircraft_render import Colour, Livery, Scene, attitude
 
 SETTINGS: tuple[str, ...] = ("apron", "approach", "cruise")
 _MARGIN = 0.03  # of the image width between the aircraft and the border
 
-_ELEVATION: dict[str, tuple[float, float]] = {"apron": (14, 48), "approach": (10, 48), "cruise": (0, 36)}
+_FLEET: dict[str, float] = {
+    "twin_narrow_body": 0.38,
+    "twin_wide_body": 0.20,
+    "four_engine": 0.12,
+    "rear_engine_t_tail": 0.09,
+    "turboprop_high_wing": 0.09,
+    "trijet": 0.12,
+}
+"""Share of each airframe: mostly twins, as at an airport, and some of everything."""
+
+_ELEVATION: dict[str, tuple[float, float]] = {"apron": (18, 34), "approach": (16, 34), "cruise": (5, 28)}
 """Degrees by which the camera stands above the aircraft. Mostly from above, where left and right are easily told apart;
 close to level in part of the cruise images, which then show the horizon and the sky."""
+
+_FOCAL = (2.0, 3.0)
+"""Focal length over image width: a telephoto lens, as one would use from a tower or from another aircraft."""
+
+_EXTENT, _PLACE = (0.55, 0.68), (0.35, 0.65)
+"""The longer side of the aircraft's box over the image width, and how the free width is shared out between its two
+sides: the crops of a detector, which finds the aircraft and centres it roughly."""
 
 
 def draw(rng: np.random.Generator) -> Scene:
     """One scene: aircraft, attitude, camera, light, ground and livery."""
-    frame = str(rng.choice(list(AIRFRAMES)))
+    frame = str(rng.choice(list(_FLEET), p=list(_FLEET.values())))
     stretch = _triple(rng.uniform(0.97, 1.03, 3))
     setting = str(rng.choice(SETTINGS, p=(0.3, 0.35, 0.35)))
     yaw = float(rng.uniform(-math.pi, math.pi))
@@ -34,7 +50,7 @@ def draw(rng: np.random.Generator) -> Scene:
     mesh = build(frame, gear).stretched(stretch)
     elevation = math.radians(float(rng.uniform(*_ELEVATION[setting])))
     rotation = _look(float(rng.uniform(-math.pi, math.pi)), elevation, math.radians(float(rng.normal(0, 2))))
-    focal = float(rng.uniform(1.3, 2.4))
+    focal = float(rng.uniform(*_FOCAL))
     vertices = mesh.vertices @ attitude(yaw, pitch, roll).T @ rotation.T
     translation = _frame(rng, vertices, focal)
 
@@ -98,10 +114,10 @@ def _look(azimuth: float, elevation: float, tilt: float) -> npt.NDArray[np.float
 
 def _frame(rng: np.random.Generator, vertices: npt.NDArray[np.float64], focal: float) -> npt.NDArray[np.float64]:
     """Translation that puts `vertices` (in camera axes) into the image: the longer side of their bounding box takes a
-    random 70 to 92 % of the width, its place is random, and `_MARGIN` is left free all round.
+    random share of the width (`_EXTENT`), its place is random (`_PLACE`), and `_MARGIN` is left free all round.
     """
-    extent = float(rng.uniform(0.70, 0.92))
-    place = rng.random(2)
+    extent = float(rng.uniform(*_EXTENT))
+    place = rng.uniform(*_PLACE, 2)
     reach = float(np.abs(vertices).max())
     t = np.array([0.0, 0.0, 2.5 * reach * focal])
     for _ in range(12):

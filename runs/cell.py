@@ -63,11 +63,20 @@ class Pruning:
             from runs.suites import nrs
 
             return nrs.variant(self)
-        if self.method != "usn" or not self.settings:
-            return self.method
-        from runs.suites.usn import variant
+        if self.method == "car" or any(name == "variant" for name, _ in self.settings):
+            from runs.suites import car
 
-        return variant(self)
+            return car.label(self)
+        given = dict(self.settings)
+        if self.method == "usn" and given:
+            from runs.suites import usn
+
+            name = usn.variant(self)
+        elif self.method == "nrs":
+            name = f"imp+{given.get('penalty', 'nrs')}"
+        else:
+            name = f"{self.method}-channels" if given.get("structured") else self.method
+        return f"{name} by FLOPs" if given.get("match") == "flops" else name
 
 
 def recorded_by_state(pruning: Pruning) -> bool:
@@ -126,7 +135,11 @@ class Network:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set by name; the limits cap training and validation images, ``settings`` go to its loader."""
+    """A data set by name; the limits cap training and validation images, ``settings`` go to its loader.
+
+    Except two of them, which go together: ``edited`` says how many semantic edits of training images are trained on
+    besides, and ``edits`` by what they are made (``KIND:SIZE`` of a perturbation).
+    """
 
     name: str
     limit: int | None = None
@@ -139,11 +152,18 @@ class Data:
             if limit is not None and limit < 1:
                 raise ValueError(f"the limits of Data must be >= 1 or None (all), got {limit}")
         object.__setattr__(self, "settings", _check_settings("Data", self.settings))
+        given = dict(self.settings)
+        if ("edits" in given) != ("edited" in given):
+            raise ValueError("Data: the settings edits (by what) and edited (how many) go together")
+        if (count := given.get("edited", 0)) is not None and (not isinstance(count, int) or count < 0):
+            raise ValueError(f"Data: edited must be a number of images >= 0, got {count!r}")
 
     @property
     def label(self) -> str:
-        """The name, with the number of training images where it is capped."""
-        return self.name if self.limit is None else f"{self.name} ({self.limit:,} training images)"
+        """The name, with the number of training images where it is capped, and that of edits where there are any."""
+        text = self.name if self.limit is None else f"{self.name} ({self.limit:,} training images)"
+        count = dict(self.settings).get("edited", 0)
+        return f"{text} + {count:,} edits" if count else text
 
 
 PERTURBATIONS: dict[str, str] = {
@@ -155,8 +175,16 @@ PERTURBATIONS: dict[str, str] = {
     "rotation": "turned about the centre by up to the magnitude in degrees",
     "hue": "hues turned by up to the magnitude (1 is the whole circle)",
     "saturation": "x + t·(x - grey) for |t| up to the magnitude, clipped to [0, 1]",
+    "sun": "the sun of rendered flowers rises by up to the magnitude times half its range; by sampling only",
+    "smile": "rendered faces smile by up to the magnitude times half the range more; by sampling only",
+    "warmth": "warmer light, magnitude 1 is half the range of rendered scenes, else red times 1.4; by sampling only",
+    "blur": "Gaussian blur of up to the magnitude times 1.5 pixels; by sampling only",
+    "diffae": "the edit of the data set's own accepted diffusion autoencoder, magnitude 1; by sampling only",
 }
 """Perturbations that a cell can name, and what each does. ``certify`` holds their implementation."""
+
+SEMANTIC = ("sun", "smile", "warmth", "blur", "diffae")
+"""Those that have a law of random draws but no set whose every member could be verified (`datasets.semantic`)."""
 
 OUTSIDE: dict[str, Callable[[float], Any]] = {}
 """Perturbations from outside the tree: what makes the ``certify.Perturbation`` of each from its magnitude."""

@@ -23,12 +23,13 @@ import certify
 import models
 from certify import lirpa
 from certify.perturbations import L2, AffineFamily, Box, Linf
-from runs import checked, deviations, measure
+from runs import car_edits, car_sampling, checked, deviations, measure
 from runs.cell import Cell, from_dict, recorded_by_state
 from runs.checked import Effort, Finding, OutOfTime
 from runs.packages import ours
 from runs.reattack import Double, Question, margins_at, require_members, search
 from runs.store import Record, Slot, Store, file_sha256, read_lines
+from runs.suites import car
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -185,6 +186,9 @@ class Checker:
         """
         out = Finding()
         try:
+            if from_dict(record["cell"]).verifier.method == car.METHOD:
+                self._redraw(record, tick, out)
+                return out
             for done, (q, rows, total) in enumerate(self._questions(record)):
                 tell(f"re-attacking {rows[0]['perturbation']}", done, total)
                 tick()
@@ -202,21 +206,11 @@ class Checker:
         Raises:
             Unreadable: files are missing or damaged, or the images are not those that were certified.
         """
-        from runs.execute import test_images
-
         cell = from_dict(record["cell"])
         slot = self.store.slot(cell)
         _intact(slot)
         groups = _verdicts(slot, record)
-        pack = ours("datasets").load(
-            cell.data.name, self.data_dir, "test", limit=test_images(cell), **dict(cell.data.settings)
-        )
-        wanted = record["data"]["fingerprints"]["test"]
-        if pack.fingerprint != wanted:
-            raise Unreadable(
-                f"the test images of {cell.data.name} are not those that were certified (fingerprint "
-                f"{pack.fingerprint[:12]}, on record {wanted[:12]}); run the cell again with --force"
-            )
+        pack = self._images(record, cell)
         x, y = pack.tensors(torch.arange(min(cell.verifier.images, len(pack))), device=self.device)
         perturbations = {p.label: measure.perturbation(p.kind, p.magnitude) for p in cell.perturbations}
         loaded: tuple[int | None, nn.Module] | None = None
@@ -228,6 +222,41 @@ class Checker:
                 reference = model(x)
             labels = y if pack.task == "classification" else None
             yield Question(model, perturbations[label], x, reference, labels, cell.verifier.delta), rows, len(groups)
+
+    def _redraw(self, record: Record, tick: Callable[[], None], out: Finding) -> None:
+        """Draw anew for every certificate of a cell that was certified by sampling; what comes out is added to `out`.
+
+        Raises:
+            Unreadable: as `_questions`.
+        """
+        cell = from_dict(record["cell"])
+        slot = self.store.slot(cell)
+        _intact(slot)
+        pack, model = self._images(record, cell), self._model(slot, None)
+        x, y = pack.tensors(torch.arange(min(cell.verifier.images, len(pack))), device=self.device)
+        named = {p.label: p for p in cell.perturbations}
+        for (_, label), rows in _verdicts(slot, record).items():
+            breaks, drawn = car_sampling.redraw(
+                model, x, y, named[label], pack, cell.verifier, rows, self.data_dir, self.effort.probes, tick
+            )
+            out.breaks += breaks
+            out.probes += drawn
+            out.holds += sum(row["status"] == "holds" for row in rows)
+        out.complete = True
+
+    def _images(self, record: Record, cell: Cell) -> Any:
+        """The test images of a cell. Raises Unreadable where they are not those that were certified."""
+        from runs.execute import test_images
+
+        options, _, _ = car_edits.split_settings(cell.data)
+        pack = ours("datasets").load(cell.data.name, self.data_dir, "test", limit=test_images(cell), **options)
+        wanted = record["data"]["fingerprints"]["test"]
+        if pack.fingerprint != wanted:
+            raise Unreadable(
+                f"the test images of {cell.data.name} are not those that were certified (fingerprint "
+                f"{pack.fingerprint[:12]}, on record {wanted[:12]}); run the cell again with --force"
+            )
+        return pack
 
     def _model(self, slot: Slot, state: int | None) -> nn.Module:
         if state is None:

@@ -4,6 +4,8 @@ python -m runs.compare                              the quick arena
 python -m runs.compare arena --preset smoke         a minute that shows that everything works
 python -m runs.compare report --results results     the leaderboard of what is on record, without running anything
 python -m runs.compare check --results results      every verdict on record attacked again
+python -m runs.compare claims --results results     what the records say of each claim of the papers
+python -m runs.compare pack --results results --to FILE.jsonl    the records as one file, for report --records
 python -m runs.compare --list                       what there is to choose from
 """
 
@@ -43,7 +45,16 @@ CERTIFIERS = {
     "crown": "linear bounds of every unit (CROWN)",
     "forward": "lines in the parameters of a semantic perturbation",
     "deviation": "the largest deviation of keypoints, exact, with verdicts at several distances",
+    "probabilistic": "random draws: a flip is rarer than eps, with a stated confidence (and CC-Cert beside it)",
 }
+COMMANDS = {
+    "report": "the leaderboard of what is on record",
+    "check": "every verdict on record attacked again",
+    "claims": "each claim of the papers, held against what is on record",
+    "pack": "the records under --results as one file of JSON lines, --to",
+}
+"""What can be asked for in place of a suite. Nothing is trained."""
+
 ENGINES = ("auto", "serial", "processes", "ray")
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -58,8 +69,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what = p.add_argument_group("what to run")
     what.add_argument(
-        "suite", nargs="?", default="arena", help="a suite, 'report' for the records on disk, 'check' to re-attack them"
-    )
+        "suite", nargs="?", default="arena",
+        help="a suite: " + ", ".join(suites.suites()) + "; or " + "; ".join(f"'{n}': {t}" for n, t in COMMANDS.items()),
+    )  # fmt: skip
     what.add_argument(
         "--preset", default="quick", help="how much of the suite: " + ", ".join(suites.preset_names("arena"))
     )
@@ -108,6 +120,13 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--budget", type=float, metavar="SECONDS", help="stop after so long; the next check goes on")
     again.add_argument("--probes", type=int, default=1000, metavar="N", help="forward passes for an image, about")
     again.add_argument("--cross", type=int, default=2, metavar="N", help="images a verdict for auto-LiRPA to bound")
+    stored = p.add_argument_group("report, claims and pack")
+    stored.add_argument(
+        "--records", nargs="*", type=Path, metavar="FILE",
+        help="read packed records instead of --results; those that come with this clone if no file is named",
+    )  # fmt: skip
+    stored.add_argument("--to", type=Path, metavar="FILE", help="where pack writes: a file ending in .jsonl")
+    stored.add_argument("--made-by", metavar="TEXT", help="how the records came about; found out for a whole preset")
     p.add_argument(
         "--list", action="store_true", help="list suites, methods, models, data sets, perturbations, certifiers"
     )
@@ -133,11 +152,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return report_command(args, console)
         if args.suite == "check":
             return check_command(args, console)
+        if args.suite == "claims":
+            return claims_command(args, console)
+        if args.suite == "pack":
+            return pack_command(args, console)
         return run_command(args, console)
-    except (ValueError, ImportError, ConnectionError) as error:
+    except (ValueError, ImportError, ConnectionError, FileNotFoundError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
         return USAGE
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
         return FAILED
 
@@ -163,6 +186,7 @@ def show_list(console: Console) -> None:
 
     sections = [
         ("suites", suites.suites()),
+        ("instead of a suite", COMMANDS),
         *((f"presets of {name}", suites.preset_names(name)) for name in suites.suites()),
     ]
     sections += [(title, ours(package).describe()) for title, package in _NAMED_BY]
@@ -243,6 +267,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         f"expected {_minutes(plan.seconds(done))} on {plan.preset.hardware}. Expect: {plan.preset.expectation}.",
         highlight=False,
     )
+    check_plan(plan, set(done), args)
     if args.dry_run:
         show_plan(plan, set(done), console)
         return OK
@@ -262,6 +287,24 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
         console.print(f"Interrupted with {left} cells to go. The same command resumes where this one stopped.")
         return INTERRUPTED
     return status
+
+
+def check_plan(plan: suites.Plan, done: set[Cell], args: argparse.Namespace) -> None:
+    """Refuse a plan whose data sets are not there, or with perturbations that no verifier accepts.
+
+    A dry run trusts the preset's perturbations and looks at those of the command line alone, so that it stays quick. On
+    a cluster the data lies with the workers, and nothing is looked for here.
+
+    Raises:
+        ValueError: what is missing or wrong, and what to do.
+    """
+    from runs import preflight
+
+    left = [cell for cell in plan.cells if cell not in done]
+    if args.perturbations or not args.dry_run:
+        preflight.check_perturbations(perturbation for cell in left for perturbation in cell.perturbations)
+    if args.address is None:
+        preflight.check_data(left, args.data_dir)
 
 
 def own_part(plan: suites.Plan, shard: Shard) -> suites.Plan:
@@ -329,21 +372,78 @@ def show_plan(plan: suites.Plan, done: set[object], console: Console) -> None:
     console.print(grid)
 
 
+def on_record(args: argparse.Namespace, console: Console) -> tuple[list[Record], bool]:
+    """The records that --records or --results name, and whether all of them could be read.
+
+    Raises:
+        ValueError, FileNotFoundError, StoreError: packed records that are missing, damaged or contradict each other.
+    """
+    if args.records is not None:
+        from runs import records
+
+        packed = records.read_all(args.records)
+        for one in packed:
+            console.print(f"{one.path.name}: {one.about.line}.", highlight=False, markup=False, soft_wrap=True)
+        return records.merged(packed), True
+    scan = Store(args.results).scan()
+    for problem in scan.problems:
+        console.print(problem, style="red", markup=False, highlight=False)
+    return scan.records, not scan.problems
+
+
+def required(found: list[Record], args: argparse.Namespace) -> list[Record]:
+    """The records, of which there must be some.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not found:
+        raise ValueError(
+            f"no records under {args.results.resolve()}; run python -m runs.compare first, or give --results DIR, or "
+            "--records for those that come with this clone"
+        )
+    return found
+
+
 def report_command(args: argparse.Namespace, console: Console) -> int:
-    """Print the leaderboard of everything under --results.
+    """Print the leaderboard of everything on record.
 
     Raises:
         ValueError: there is no record.
     """
-    scan = Store(args.results).scan()
-    for problem in scan.problems:
-        console.print(problem, style="red", markup=False, highlight=False)
-    if not scan.records:
-        raise ValueError(
-            f"no records under {args.results.resolve()}; run python -m runs.compare first, or give --results DIR"
-        )
-    status = show_records(scan.records, args, console)
-    return FAILED if scan.problems else status
+    found, intact = on_record(args, console)
+    status = show_records(required(found, args), args, console)
+    return status if intact else FAILED
+
+
+def claims_command(args: argparse.Namespace, console: Console) -> int:
+    """Print what the records say of each claim; without any, what the papers' own numbers say."""
+    from runs import claims, nrs_records
+
+    found, intact = on_record(args, console)
+    answers = claims.evaluate(claims.CLAIMS, nrs_records.unfold(found))
+    claims.print_terminal(answers, console)
+    if args.export:
+        args.results.mkdir(parents=True, exist_ok=True)
+        for path in claims.export(answers, args.results):
+            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
+    return OK if intact else FAILED
+
+
+def pack_command(args: argparse.Namespace, console: Console) -> int:
+    """Write the records under --results as one file.
+
+    Raises:
+        ValueError: no record, no --to, --records given, or unknown how the records came about.
+    """
+    from runs import records
+
+    if args.to is None or args.records is not None:
+        raise ValueError("pack reads --results DIR and writes --to FILE.jsonl")
+    found, intact = on_record(args, console)
+    packed = records.pack(required(found, args), args.to, args.made_by)
+    console.print(f"wrote {packed.path}: {packed.about.line}", highlight=False, markup=False, soft_wrap=True)
+    return OK if intact else FAILED
 
 
 def check_command(args: argparse.Namespace, console: Console) -> int:
@@ -373,16 +473,17 @@ def check_command(args: argparse.Namespace, console: Console) -> int:
 
 def show_records(records: Sequence[Record], args: argparse.Namespace, console: Console) -> int:
     """Print and export the leaderboard; 1 when a cell failed."""
-    from runs import checked, engine, leaderboard, nrs_records, nrs_report, report, usn_report
+    from runs import car_report, checked, engine, leaderboard, nrs_records, nrs_report, report, usn_report
 
     tables: list[Table] = leaderboard.build(nrs_records.unfold(records))
     report.print_terminal(tables, console)
     if records and args.export:
-        for path in report.export(tables, records, args.results, args.export):
+        args.results.mkdir(parents=True, exist_ok=True)
+        for path in report.export(tables, records, args.results, args.export, data_dir=args.data_dir):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     if (line := checked.footer(records, args.results)) is not None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for shown in (usn_report.show, nrs_report.show):
+    for shown in (usn_report.show, nrs_report.show, car_report.show):
         for path in shown(records, args.results, args.export or (), console):
             console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
     failures = engine.failed(records)

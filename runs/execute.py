@@ -28,6 +28,7 @@ import methods
 import models
 from certify.perturbations import Perturbation
 from methods import masks
+from methods.hydra import SearchConfig
 from methods.training.config import TrainingConfig
 from methods.training.crown_ibp import CROWNIBP
 from methods.training.fast_ibp import fast_ibp
@@ -36,13 +37,28 @@ from methods.training.ibp import IBP
 from methods.training.natural import Natural
 from methods.training.objective import Objective
 from methods.training.pgd import PGD
+from methods.training.stability import NRSLoss, RSLoss
 from methods.training.trades import TRADES
-from runs import channels, deviations, measure, nrs_records, nrs_states, nrs_warmup
+from runs import (
+    car_edits,
+    car_measure,
+    car_methods,
+    car_sampling,
+    channels,
+    deviations,
+    matching,
+    measure,
+    nrs_records,
+    nrs_states,
+    nrs_warmup,
+)
 from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier, recorded_by_state
 from runs.packages import ours
 from runs.progress import Progress
+from runs.sampled import beside
 from runs.shifts import Shifted
 from runs.store import DONE, Record, Slot, Store, file_sha256
+from runs.suites import car
 
 BATCH = 20
 """Images whose verdicts are written together."""
@@ -74,13 +90,16 @@ class Library:
         key = (data, images)
         if key not in self.loaded:
             load = ours("datasets").load
-            options: dict[str, Any] = dict(data.settings)
+            options, edits, edited = car_edits.split_settings(data)
 
             def split(name: str, limit: int | None) -> Any:
                 return load(data.name, self.root, name, limit=limit, progress=tell, **options)
 
             self.loaded.clear()  # one data set at a time in memory
-            self.loaded[key] = Packs(split("train", data.limit), split("val", data.val_limit), split("test", images))
+            train = split("train", data.limit)
+            if edits is not None:
+                train = car_edits.augmented(train, edits, edited, self.root)
+            self.loaded[key] = Packs(train, split("val", data.val_limit), split("test", images))
         return self.loaded[key]
 
 
@@ -158,16 +177,29 @@ class Execute:
         """Certify the network of this folder; what the record says of it."""
         model = models.load(slot.model_path, device=self.device)
         mask = masks.load(slot.mask_path, model)
-        x, y = packs.test.tensors(device=self.device)
+        test = packs.test.tensors(device=self.device)
+        x, y = (part[: cell.verifier.images] for part in test)
+        sampled = cell.verifier.method == car.METHOD
+        root = self.library.root
+        if sampled and not all(
+            car_sampling.current(slot.examples(), p, packs.test, root, self.device) for p in cell.perturbations
+        ):
+            slot.clear_examples()
         results = [
-            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress)
+            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress, root=root)
+            | ({} if sampled else beside(cell.verifier, packs.test.task, _perturbation(perturbation), model, x, y))
             for position, perturbation in enumerate(cell.perturbations)
         ]
+        more: dict[str, Any] = {}
+        if sampled:
+            points = car_sampling.sampling(cell.verifier).landscape
+            more = dict(car_measure.found(model, mask, test, packs.val.tensors(device=self.device), points))
         return {
             "network": model.recipe.to_dict(),
             "size": measure.sizes(model, mask, x[:1]),
             "mask": {"structured": mask.structured, "density": mask.density, "layers": mask.layer_density},
             "results": results,
+            **more,
             **self._channels(cell, model, mask, packs),
         }
 
@@ -232,7 +264,6 @@ class Execute:
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
     ) -> dict[str, Any]:
         by_state = recorded_by_state(cell.pruning)
-        method = nrs_states.method(cell) if by_state else methods.get(cell.pruning.method)[0](build_config(cell))
         network: nn.Module = models.create(
             cell.network.name,
             num_outputs=packs.train.num_outputs,
@@ -245,6 +276,7 @@ class Execute:
             seed=cell.seed,
         )
         network = nrs_warmup.prepare(network, cell.training.objective, cell.seed).to(self.device)
+        method = nrs_states.method(cell) if by_state else build_method(cell, network, packs.train)
         total = total_epochs(method.config)
         epochs_done = 0
 
@@ -254,7 +286,13 @@ class Execute:
             progress.step(cell, "training", epochs_done, total)
 
         augment = packs.train.augmentation if cell.data.augment else None
-        batches = packs.train.batches(cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment)
+        batches: Any
+        if "semantic" in packs.train.meta:
+            batches = car_edits.paired_batches(
+                packs.train, cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment
+            )
+        else:
+            batches = packs.train.batches(cell.training.batch_size, device=self.device, seed=cell.seed, augment=augment)
         if cell.data.augment and packs.train.task == "keypoints":
             batches = Shifted(batches, cell.seed)
         val = packs.val.batches(256, device=self.device, shuffle=False)
@@ -292,6 +330,7 @@ class Execute:
                 "phases": list(outcome.history.phases),
                 "validation": dict(selected.validation) if selected else {},
                 "timing": {"seconds": outcome.history.seconds, "peak_mb": peak.mb},
+                **({"channel_ratio": method.config.ratio} if match(cell) else {}),
                 **remarks(outcome),
             },
             **({"states": states} if by_state else {}),
@@ -325,6 +364,8 @@ def head(cell: Cell, task: str) -> str | None:
 
 def test_images(cell: Cell) -> int | None:
     """How many test images a cell needs: those it certifies, more where accuracy is measured on more; None for all."""
+    if cell.verifier.method == car.METHOD:
+        return car_sampling.test_images(cell.verifier)
     return nrs_states.test_images(cell.verifier) if recorded_by_state(cell.pruning) else cell.verifier.images
 
 
@@ -342,6 +383,9 @@ OBJECTIVES: dict[str, Callable[..., Objective]] = {
     "fast-ibp": fast_ibp,
 }
 """Trainings that a cell can name."""
+
+PENALTIES: dict[str, Callable[[], NRSLoss | RSLoss]] = {"nrs": NRSLoss, "rs": RSLoss}
+"""Stability penalties that a cell can name."""
 
 
 def build_objective(training: Training, own: dict[str, Any]) -> Objective:
@@ -366,24 +410,51 @@ def build_objective(training: Training, own: dict[str, Any]) -> Objective:
 def build_config(cell: Cell) -> Any:
     """The method's configuration. Settings of the training go to its fields, or to those of its objective.
 
+    A setting ``match`` of the pruning is not among them: see `runs.matching`.
+
     Raises:
         ValueError: a setting that neither has.
     """
+    from runs.suites.plan import check
+
     _, config_class = methods.get(cell.pruning.method)
     training_fields = {item.name for item in dataclasses.fields(TrainingConfig)} - {"objective"}
     given: dict[str, Any] = dict(cell.training.settings)
     objective = build_objective(cell.training, {k: v for k, v in given.items() if k not in training_fields})
     training = TrainingConfig(objective=objective, **{k: v for k, v in given.items() if k in training_fields})
     fields = {item.name for item in dataclasses.fields(config_class)}
-    own: dict[str, Any] = dict(cell.pruning.settings)
+    own = car_methods.fields(
+        cell.pruning.method, {name: value for name, value in cell.pruning.settings if name != "match"}
+    )
     if unknown := sorted(set(own) - fields):
         raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
     if isinstance(layers := own.get("layers"), str):
         own["layers"] = tuple(layers.split("+"))
-    if isinstance(named := own.get("perturbation"), str):
-        wanted = Perturb.parse(named)
-        own["perturbation"] = measure.perturbation(wanted.kind, wanted.magnitude)
+    for name in ("perturbation", "transform"):
+        if isinstance(named := own.get(name), str):
+            wanted = Perturb.parse(named)
+            own[name] = measure.perturbation(wanted.kind, wanted.magnitude)
+    if isinstance(named := own.get("penalty"), str):
+        check("stability penalty", named, PENALTIES)
+        own["penalty"] = PENALTIES[named]()
+    if isinstance(epochs := own.get("search"), int):
+        own["search"] = SearchConfig(epochs)
     return config_class(ratio=cell.pruning.ratio, epochs=cell.training.epochs, training=training, **own)
+
+
+def match(cell: Cell) -> str | None:
+    """What a cell's ratio is a share of where it is not one of weights or channels: see `runs.matching`."""
+    value = dict(cell.pruning.settings).get("match")
+    return None if value is None else str(value)
+
+
+def build_method(cell: Cell, network: nn.Module, train: Any) -> Any:
+    """The method of a cell, ready to run on `network`; a ratio to be matched becomes one of channels."""
+    kind, config = methods.get(cell.pruning.method)[0], build_config(cell)
+    if (wanted := match(cell)) is not None:
+        device = next(network.parameters()).device
+        config = matching.matched(config, wanted, network, train.tensors([0], device=device)[0])
+    return kind(config)
 
 
 def total_epochs(config: Any) -> int:
@@ -396,7 +467,7 @@ def remarks(outcome: Any) -> dict[str, Any]:
     """What a method says of its own outcome: whether the network predicts a constant, and what was changed."""
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name in ("collapsed", "notes", "ratio")
+        for name in ("collapsed", "notes", "ratio", "before", "after", "density_all")
         if (value := getattr(outcome, name, None)) is not None
     }
 
@@ -413,10 +484,11 @@ def certify_one(
     progress: Progress,
     state: int | None = None,
     states: int = 1,
+    root: Path | None = None,
 ) -> dict[str, Any]:
     """Verdicts on all images ``x`` (N, C, H, W) of the test ``pack`` under one perturbation, and their summary.
 
-    ``state`` numbers the network in a run that has ``states`` of them; its rows say so.
+    ``state`` numbers the network in a run that has ``states`` of them; its rows say so. ``root`` is the data directory.
     """
     label = perturbation.label
     rows = slot.examples()
@@ -429,10 +501,12 @@ def certify_one(
     for start in range(whole, len(x), BATCH):
         progress.step(cell, f"certifying {label}", position * len(x) + start, total)
         batch = slice(start, start + BATCH)
-        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start)
+        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start, root)
         fresh = [row if state is None else {**row, "state": state} for row in fresh]
         slot.append_examples(fresh)
         own += fresh
+    if cell.verifier.method == car.METHOD:
+        return car_sampling.summarise(perturbation, own, cell.verifier)
     result = summarise(perturbation, own, pack.task)
     if cell.verifier.method == deviations.METHOD:
         result |= deviations.summarise(own, cell.verifier.delta)
@@ -440,11 +514,14 @@ def certify_one(
 
 
 def verdicts(
-    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, pack: Any, start: int
-) -> list[dict[str, Any]]:
+    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, pack: Any, start: int,
+    root: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One row per image: clean result, verdict, certified margin, unstable ReLUs, seconds, peak memory."""
-    p = measure.perturbation(perturbation.kind, perturbation.magnitude)
     verifier = cell.verifier
+    if verifier.method == car.METHOD:
+        return car_sampling.verdicts(model, x, y, perturbation, pack, verifier, start, root)
+    p = measure.perturbation(perturbation.kind, perturbation.magnitude)
     if verifier.method == deviations.METHOD:
         return _deviations(perturbation, p, verifier, model, x, y, pack, start)
     with torch.no_grad():

@@ -198,10 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pack(cell: Cell, root: Path | None) -> Any:
+    from runs.car_edits import split_settings
     from runs.execute import test_images
     from runs.packages import ours
 
-    return ours("datasets").load(cell.data.name, root, "test", limit=test_images(cell), **dict(cell.data.settings))
+    options, _, _ = split_settings(cell.data)
+    return ours("datasets").load(cell.data.name, root, "test", limit=test_images(cell), **options)
 
 
 if __name__ == "__main__":

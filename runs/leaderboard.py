@@ -8,12 +8,13 @@ Nothing here runs a network. Every number comes from the records, at full precis
 from __future__ import annotations
 
 import statistics as stdlib_statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from runs import paper
+from runs import paper, ranking
 from runs.cell import Cell, Perturb, Verifier, digest, from_dict
+from runs.ranking import Entrant, Ranking
 from runs.statistics import Interval, MeanSd, Paired, clopper_pearson, holm, mean_sd, sign_test
 from runs.store import DONE, Record
 
@@ -37,6 +38,8 @@ class Row:
 
     ``verified`` counts images that hold and, for classification, are classified correctly. ``interval`` is the 95 %
     Clopper-Pearson interval of the mean count over the ``images`` test images: seeds do not count as extra images.
+    ``sampled`` counts images that are classified correctly and certified by random draws. ``parameters_left`` and
+    ``flops_executed`` are shares after pruned channels are removed, ``budget`` the epochs of training in all.
     """
 
     method: str
@@ -61,6 +64,8 @@ class Row:
     parameters_left: float | None = None
     flops_nonzero: float | None = None
     flops_executed: float | None = None
+    sampled: MeanSd | None = None
+    budget: int | None = None
 
     @property
     def failed(self) -> bool:
@@ -78,6 +83,7 @@ class Table:
     task: str
     soundness: tuple[str, ...]
     rows: tuple[Row, ...]
+    rankings: tuple[Ranking, ...] = ()
 
     @property
     def title(self) -> str:
@@ -92,8 +98,10 @@ class Table:
     @property
     def ranking_note(self) -> str:
         """Why there is no ranking, or what the order means."""
+        if self.rankings:
+            return "Rows are ordered by mean verified share; who is ahead of whom is in the rankings below."
         if self.ranked:
-            return "Rows are ordered by mean verified share."
+            return "Rows are ordered by mean verified share; no two are matched, so that nothing is ranked."
         least = min((len(row.seeds) for row in self.rows if not row.failed), default=0)
         if least == 0:
             return "No finished rows."
@@ -154,17 +162,23 @@ def _table(perturbation: Perturb, groups: Sequence[Sequence[_Measured]]) -> Tabl
     cell = groups[0][0].cell
     tasks = [m.record["data"]["task"] for group in groups for m in group if m.result is not None]
     soundness = {m.result["soundness"] for group in groups for m in group if m.result is not None}
-    dense = {_training_id(group): group for group in groups if group[0].cell.pruning.method == "dense"}
+    dense: dict[str | None, Sequence[_Measured]] = {}
+    for group in groups:
+        if group[0].cell.pruning.method == "dense":
+            dense |= {_training_id(group): group, _budget_id(group): group}
+    dense.pop(None, None)
     labels = [_name(group[0].cell) for group in groups]
     rows = []
     for group, label in zip(groups, labels):
         twins = [other for other, name in zip(groups, labels) if name == label and other is not group]
         note = _settings_note(group[0].cell) if twins else ""
-        rows.append(_row(group, dense.get(_training_id(group)), perturbation, note))
+        reference = dense.get(_training_id(group)) or dense.get(_budget_id(group))
+        rows.append(_row(group, reference, perturbation, note))
     adjusted = iter(holm([row.versus_dense.p for row in rows if row.versus_dense is not None]))
     rows = [
         row if row.versus_dense is None else replace(row, versus_dense_p=next(adjusted)) for row in rows
     ]  # fmt: skip
+    entrants = [entrant for group, row in zip(groups, rows) if (entrant := _entrant(group, row)) is not None]
     table = Table(
         cell.data.label, cell.network.label, perturbation, cell.verifier, tasks[0] if tasks else "classification",
         tuple(sorted(soundness)), tuple(rows),
@@ -172,7 +186,25 @@ def _table(perturbation: Perturb, groups: Sequence[Sequence[_Measured]]) -> Tabl
     if not table.ranked:
         return table
     order = sorted(rows, key=lambda row: (row.failed, -(row.verified.mean if row.verified else 0.0)))
-    return replace(table, rows=tuple(order))
+    return replace(table, rows=tuple(order), rankings=ranking.build(entrants, RANKING_SEEDS))
+
+
+def _entrant(group: Sequence[_Measured], row: Row) -> Entrant | None:
+    """A finished row as rankings see it, with its verdicts image by image."""
+    if row.verified is None or row.parameters_left is None or row.flops_executed is None:
+        return None
+    bits = [m.result["verified_bits"] for m in group if m.result is not None]
+    scores = tuple(sum(own[i] == "1" for own in bits) / len(bits) for i in range(row.images))
+    name = row.method + (f" ({row.note})" if row.note else "")
+    return Entrant(
+        name, row.ratio, row.training, row.budget, row.parameters_left, row.flops_executed, row.verified, row.seeds,
+        scores,
+    )  # fmt: skip
+
+
+def _parameters_left(size: Mapping[str, Any]) -> int:
+    """Parameters of a record's network that are not zero, the inputs of removed channels not counted either."""
+    return int(min(size["parameters_left"], size.get("parameters_executed", size["parameters"])))
 
 
 def _name(cell: Cell) -> tuple[str, float, str]:
@@ -182,6 +214,19 @@ def _name(cell: Cell) -> tuple[str, float, str]:
 def _training_id(group: Sequence[_Measured]) -> str:
     cell = group[0].cell
     return digest(cell.to_dict()["training"])
+
+
+def _budget_id(group: Sequence[_Measured]) -> str | None:
+    """What rows share that were trained alike for the same epochs in all, however a method divides those up."""
+    training = group[0].cell.training
+    budget = _budget(group)
+    return None if budget is None else digest([training.label, training.batch_size, dict(training.settings), budget])
+
+
+def _budget(group: Sequence[_Measured]) -> int | None:
+    """Epochs of a row in all, None where its records do not say so or disagree."""
+    found = {m.record.get("training", {}).get("epochs") for m in group if m.result is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _settings_note(cell: Cell) -> str:
@@ -207,6 +252,7 @@ def _row(group: Sequence[_Measured], dense: Sequence[_Measured] | None, perturba
         return Row(method, ratio, training, note, (), images, errors, paper.describe(None, 0.0))
     results = [result for _, result in done]
     sizes = [m.record["size"] for m, _ in done]
+    sampled = [result["sampled"] for result in results if result.get("sampled") is not None]
     images = min(result["images"] for result in results)
     verified = mean_sd([result["verified"] / result["images"] for result in results])
     unstable = [result["unstable"] for result in results if result["unstable"] is not None]
@@ -231,9 +277,11 @@ def _row(group: Sequence[_Measured], dense: Sequence[_Measured] | None, perturba
         seconds=stdlib_statistics.fmean(result["timing"]["seconds_mean"] for result in results),
         peak_mb=max((r["timing"]["peak_mb"] for r in results if r["timing"]["peak_mb"] is not None), default=None),
         unstable=mean_sd(unstable) if unstable else None,
-        parameters_left=stdlib_statistics.fmean(s["parameters_left"] / s["parameters"] for s in sizes),
+        parameters_left=stdlib_statistics.fmean(_parameters_left(size) / size["parameters"] for size in sizes),
         flops_nonzero=stdlib_statistics.fmean(s["flops_nonzero"] / s["flops"] for s in sizes),
         flops_executed=stdlib_statistics.fmean(s["flops_executed"] / s["flops"] for s in sizes),
+        sampled=mean_sd([found["certified"] / found["images"] for found in sampled]) if sampled else None,
+        budget=_budget(group),
         printed=paper.describe(paper.compare(cell, perturbation), verified.mean),
         errors=errors,
     )
@@ -281,6 +329,7 @@ def as_dicts(tables: Sequence[Table]) -> list[dict[str, Any]]:
                 ("clean", row.clean),
                 ("attacked", row.attacked),
                 ("verified", row.verified),
+                ("sampled", row.sampled),
                 ("unstable_relus", row.unstable),
             ):
                 values[f"{name}_mean"] = spread.mean if spread else None
@@ -296,6 +345,7 @@ def as_dicts(tables: Sequence[Table]) -> list[dict[str, Any]]:
                 "versus_dense_p_holm": row.versus_dense_p,
                 "seconds_per_image": row.seconds,
                 "peak_mb": row.peak_mb,
+                "epochs": row.budget,
                 "parameters_left": row.parameters_left,
                 "flops_nonzero": row.flops_nonzero,
                 "flops_executed": row.flops_executed,

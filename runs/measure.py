@@ -22,7 +22,7 @@ from certify.bounds.interval import intervals
 from certify.perturbations import Perturbation
 from methods import masks
 from runs import plugins
-from runs.cell import OUTSIDE
+from runs.cell import OUTSIDE, SEMANTIC
 
 JOINT_CONTRAST = 2.55
 """Contrast radius of the joint perturbation over its brightness radius: the USN paper trains at 1/255 with 0.01."""
@@ -33,21 +33,22 @@ LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "torch-pruning", "timm")
 def sizes(model: nn.Module, mask: masks.Mask, image: Tensor) -> dict[str, float | int]:
     """Parameters and multiply-adds, dense and left. ``image``: one input (1, C, H, W).
 
-    ``flops_nonzero`` counts multiply-adds with non-zero weights; ``flops_executed`` what runs after pruned channels are
-    removed physically, which for an unstructured mask is everything.
+    ``parameters_left`` and ``flops_nonzero`` count what the mask leaves; ``parameters_executed`` and ``flops_executed``
+    what is there and runs after pruned channels are removed physically, which takes the inputs of the next layer along
+    and for an unstructured mask is everything.
     """
     shape = tuple(image.shape[1:])
     total = models.count(model)
-    flops = models.flops(model, shape)
-    executed = models.flops(masks.remove(model, mask, image), shape) if mask.structured and mask.density < 1 else flops
+    small = masks.remove(model, mask, image) if mask.structured and mask.density < 1 else model
     return {
         "parameters": total,
         "parameters_left": round(mask.density_over(model) * total),
+        "parameters_executed": models.count(small),
         "prunable": mask.total,
         "prunable_left": mask.kept,
-        "flops": flops,
+        "flops": models.flops(model, shape),
         "flops_nonzero": models.flops(model, shape, nonzero=True),
-        "flops_executed": executed,
+        "flops_executed": models.flops(small, shape),
     }
 
 
@@ -143,7 +144,12 @@ def perturbation(kind: str, magnitude: float) -> Perturbation:
 
     Raises:
         TypeError: a perturbation from outside the tree made something else.
+        ValueError: it can only be drawn from at random.
     """
+    if kind in SEMANTIC:
+        raise ValueError(
+            f"the perturbation {kind!r} is a law of random edits, which no bounds cover; use --verifier probabilistic"
+        )
     if kind in OUTSIDE:
         made = OUTSIDE[kind](magnitude)
         if not isinstance(made, Perturbation):

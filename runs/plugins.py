@@ -251,8 +251,8 @@ class Prepared:
 def widen(preset: Preset, methods: Sequence[str] | None, datasets: Sequence[str] | None) -> Preset:
     """A preset with the methods and data sets of plug-ins that are asked for, on its own terms.
 
-    A method gets the ratios of the preset's pruning rules and those of their settings that its configuration has. A
-    data set is put in the place of the preset's default.
+    A method gets the ratios of the preset's pruning rules and those of their settings that its configuration has, once
+    for each training: where the preset has the dense network. A data set is put in the place of the preset's default.
     """
     outside = {name for found in _LOADED.values() for name in found.names.get("data set", ())}
     blocks = list(preset.blocks)
@@ -263,7 +263,10 @@ def widen(preset: Preset, methods: Sequence[str] | None, datasets: Sequence[str]
             blocks += [replace(block, data=replace(block.data, name=name, settings=())) for block in model]
     for name in methods or ():
         if name in _METHODS:
-            blocks = [replace(block, rules=(*block.rules, _rule(block, name))) for block in blocks]
+            home = [block for block in blocks if any(rule.method == "dense" for rule in block.rules)] or blocks
+            blocks = [
+                replace(block, rules=(*block.rules, _rule(block, name))) if block in home else block for block in blocks
+            ]
     return replace(preset, blocks=tuple(blocks))
 
 

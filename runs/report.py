@@ -1,34 +1,53 @@
-"""The leaderboard as text for a terminal, Markdown, CSV, JSON, and one self-contained HTML page."""
+"""The leaderboard as text for a terminal, Markdown, CSV and JSON, and as files; its page is made by ``report_page``."""
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from runs import ranking
 from runs.leaderboard import Row, Table, as_dicts
+from runs.report_style import STYLE
 from runs.statistics import MeanSd
 from runs.store import Record, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+__all__ = [
+    "FORMATS",
+    "LEGEND",
+    "STYLE",
+    "Column",
+    "as_csv",
+    "as_json",
+    "caption",
+    "columns",
+    "export",
+    "markdown",
+    "notes",
+    "print_terminal",
+]
+
 FORMATS = ("md", "csv", "json", "html")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: heading, how a row is written in it, and its rank where not all fit a terminal (0: always shown)."""
+    """A column: heading, how a row is written in it, and its rank where not all fit a terminal (0: always shown).
+
+    ``value`` is what rows are sorted by on the page, None where a row has nothing in this column.
+    """
 
     heading: str
     text: Callable[[Row, Table], str]
+    value: Callable[[Row], float | str | None]
     rank: int = 0
     left: bool = False
 
@@ -41,6 +60,10 @@ class Column:
         """Characters that it takes on a terminal, with its frame."""
         lines = [*self.lines, *(self.text(row, table) for row in table.rows)]
         return max(map(len, lines)) + 3
+
+
+def _mean(spread: MeanSd | None) -> float | None:
+    return None if spread is None else spread.mean
 
 
 def _share(spread: MeanSd | None, digits: int = 1) -> str:
@@ -65,6 +88,10 @@ def _seconds(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def _method(row: Row, table: Table) -> str:
+    return row.method + (f" ({row.note})" if row.note else "")
 
 
 def _clean(row: Row, table: Table) -> str:
@@ -106,23 +133,31 @@ def columns(table: Table) -> list[Column]:
     """The columns of a table: those in which nothing would stand are left out."""
     keypoints = table.task == "keypoints"
     found = [
-        Column("Method", lambda row, _: row.method + (f" ({row.note})" if row.note else ""), left=True),
-        Column("Sparsity", lambda row, _: f"{100 * row.ratio:.0f} %" if row.ratio else "0"),
-        Column("Training", lambda row, _: row.training, left=True),
-        Column("Error px" if keypoints else "Clean %", _clean),
-        Column("Attacked ≤ %", lambda row, _: _share(row.attacked), 2),
-        Column("Verified % [95 %]", _verified),
-        Column("Δ dense", _versus, 3),
-        Column("Holds/viol /unk/time-out", _counts, 5),
-        Column("Seeds", _seeds, 1),
-        Column("Params %", lambda row, _: _percent(row.parameters_left), 6),
-        Column("FLOPs % nz/run", lambda row, _: f"{_percent(row.flops_nonzero)}/{_percent(row.flops_executed)}", 7),
-        Column("Unstable ReLUs", lambda row, _: _plain(row.unstable, 0), 8),
-        Column("s/image", lambda row, _: _seconds(row.seconds), 4),
-        Column("Peak MB", lambda row, _: "–" if row.peak_mb is None else f"{row.peak_mb:,.0f}", 9),
-    ]
+        Column("Method", _method, lambda row: row.method, left=True),
+        Column("Sparsity", lambda row, _: f"{100 * row.ratio:.0f} %" if row.ratio else "0", lambda row: row.ratio),
+        Column("Training", lambda row, _: row.training, lambda row: row.training, left=True),
+        Column("Error px" if keypoints else "Clean %", _clean, lambda row: _mean(row.clean)),
+        Column("Attacked ≤ %", lambda row, _: _share(row.attacked), lambda row: _mean(row.attacked), 2),
+        Column("Verified % [95 %]", _verified, lambda row: _mean(row.verified)),
+        Column("Sampled %", lambda row, _: _share(row.sampled), lambda row: _mean(row.sampled), 2),
+        Column("Δ dense", _versus, lambda row: row.versus_dense_difference, 3),
+        Column("Holds/viol /unk/time-out", _counts, lambda row: row.counts.holds if row.counts else None, 5),
+        Column("Seeds", _seeds, lambda row: len(row.seeds), 1),
+        Column("Params %", lambda row, _: _percent(row.parameters_left), lambda row: row.parameters_left, 6),
+        Column(
+            "FLOPs % nz/run", lambda row, _: f"{_percent(row.flops_nonzero)}/{_percent(row.flops_executed)}",
+            lambda row: row.flops_nonzero, 7,
+        ),
+        Column("Unstable ReLUs", lambda row, _: _plain(row.unstable, 0), lambda row: _mean(row.unstable), 8),
+        Column("s/image", lambda row, _: _seconds(row.seconds), lambda row: row.seconds, 4),
+        Column(
+            "Peak MB", lambda row, _: "–" if row.peak_mb is None else f"{row.peak_mb:,.0f}", lambda row: row.peak_mb, 9
+        ),
+    ]  # fmt: skip
+    if all(row.sampled is None for row in table.rows):
+        found = [column for column in found if column.heading != "Sampled %"]
     if table.comparable:
-        found.append(Column("Paper", _paper))
+        found.append(Column("Paper", _paper, lambda row: row.printed["printed"]))
     return found
 
 
@@ -170,7 +205,7 @@ def notes(table: Table) -> list[str]:
 
 
 LEGEND: tuple[tuple[str, str], ...] = (
-    ("Sparsity", "share of the prunable weights (or channels) removed."),
+    ("Sparsity", "share of the prunable weights removed, or of channels, or the share that channels are matched to."),
     ("Clean / Error px", "accuracy on the certified images, or the mean distance of keypoints to the truth in pixels."),
     ("Attacked", "share that the strongest attack tried here could not break: an upper bound on what can be verified."),
     (
@@ -178,6 +213,12 @@ LEGEND: tuple[tuple[str, str], ...] = (
         "share proved by the certifier (for classes: proved and right), mean ± standard deviation over seeds, with a "
         "95 % Clopper–Pearson interval over the test images. Seeds do not count as extra images.",
     ),
+    (
+        "Sampled",
+        "share that is right and certified by random draws: at 95 % confidence (Clopper–Pearson) at most 1 % of them "
+        "change the label. Weaker than verified.",
+    ),
+    ("Place", ranking.NOTE),
     (
         "Δ dense",
         "verified share minus that of the unpruned network with the same training, in points; p from a two-sided sign "
@@ -217,6 +258,8 @@ def print_terminal(tables: Sequence[Table], console: Console, *, legend: bool = 
         console.print(grid)
         for line in notes(table):
             console.print(escape(line), style="red" if line.startswith("FAILED") else "dim", highlight=False)
+        for own in table.rankings:
+            console.print(ranking.grid(own))
         console.print()
     if legend and tables:
         used = {column.heading for table in tables for column in columns(table)} - hidden
@@ -234,6 +277,8 @@ def _legend_applies(name: str, used: set[str]) -> bool:
         "Attacked": ("Attacked ≤ %",),
         "Verified": ("Verified % [95 %]",),
         "Params, FLOPs": ("Params %", "FLOPs % nz/run"),
+        "Sampled": ("Sampled %",),
+        "Place": ("Method",),
         "n/c": ("Method",),
     }
     return any(heading in used for heading in probes.get(name, (name,)))
@@ -250,6 +295,7 @@ def markdown(tables: Sequence[Table]) -> str:
         for row in table.rows:
             out.append("| " + " | ".join(column.text(row, table).replace("|", "\\|") for column in shown) + " |")
         out += ["", *(f"* {line}" for line in notes(table)), ""]
+        out += [line for own in table.rankings for line in ranking.markdown(own)]
     out += ["## Legend", "", *(f"* **{name}**: {text}" for name, text in LEGEND), ""]
     return "\n".join(out)
 
@@ -271,90 +317,18 @@ def as_json(tables: Sequence[Table], records: Sequence[Record]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:1500px;padding:0 1rem;color:#222}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin:2.2rem 0 .2rem}
-.sub,.note{color:#555;font-size:.9rem;margin:.15rem 0}.bad{color:#a40000}
-.wrap{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:.5rem 0;font-size:.9rem}
-th,td{padding:.28rem .45rem;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
-th{white-space:normal;vertical-align:bottom;border-bottom:2px solid #444;background:#f4f4f4;position:sticky;top:0}
-td.l,th.l{text-align:left}tr.dense td{background:#f7f7f2}tr.failed td{background:#fdecea;color:#a40000}
-.bar{display:inline-block;width:7rem;height:.6rem;background:#eee;margin-left:.5rem;position:relative;vertical-align:middle}
-.bar i{position:absolute;top:0;bottom:0;left:0;background:#0072B2}
-.bar b{position:absolute;top:-.15rem;bottom:-.15rem;height:.9rem;
-border:1px solid #000;border-width:0 1px}
-.bar b::before{content:"";position:absolute;left:0;right:0;top:50%;border-top:1px solid #000}
-figure{margin:1.5rem 0}figure img{max-width:100%;height:auto}figcaption{color:#555;font-size:.9rem}
-dt{font-weight:600}dd{margin:0 0 .3rem 1rem}
-@media print{body{margin:0;max-width:none;font-size:11px}.wrap{overflow:visible}table{font-size:9px}}
-"""
-
-
-def _bar(row: Row) -> str:
-    if row.verified is None or row.interval is None:
-        return ""
-    low, high = 100 * row.interval.low, 100 * row.interval.high
-    return (
-        f'<span class="bar"><i style="width:{100 * row.verified.mean:.2f}%"></i>'
-        f'<b style="left:{low:.2f}%;width:{high - low:.2f}%"></b></span>'
-    )
-
-
-def as_html(tables: Sequence[Table], records: Sequence[Record], plots: Sequence[tuple[str, bytes]]) -> str:
-    """One page that needs nothing from elsewhere: style inside, plots as data URIs."""
-    e = html.escape
-    out = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>certprune leaderboard</title><style>{STYLE}</style></head><body>",
-        "<h1>Does pruning make networks easier to certify?</h1>",
-        f'<p class="sub">{len(records)} trained and certified networks, {len(tables)} tables.</p>',
-    ]
-    for table in tables:
-        shown = columns(table)
-        out.append(
-            f'<h2>{e(table.title)}</h2><p class="sub">{e(caption(table))}</p><div class="wrap"><table><thead><tr>'
-        )
-        out += [f'<th class="l">{e(c.heading)}</th>' if c.left else f"<th>{e(c.heading)}</th>" for c in shown]
-        out.append("</tr></thead><tbody>")
-        for row in table.rows:
-            kind = "failed" if row.failed else ("dense" if row.method == "dense" else "")
-            out.append(f'<tr class="{kind}">')
-            for column in shown:
-                bar = _bar(row) if column.heading.startswith("Verified") else ""
-                out.append(f"<td{' class=l' if column.left else ''}>{e(column.text(row, table))}{bar}</td>")
-            out.append("</tr>")
-        out.append("</tbody></table></div>")
-        out += [f'<p class="note{" bad" if line.startswith("FAILED") else ""}">{e(line)}</p>' for line in notes(table)]
-    for text, png in plots:
-        data = base64.b64encode(png).decode()
-        out.append(f'<figure><img alt="{e(text)}" src="data:image/png;base64,{data}">')
-        out.append(f"<figcaption>{e(text)}</figcaption></figure>")
-    out.append("<h2>How to read this</h2><dl>")
-    out += [f"<dt>{e(name)}</dt><dd>{e(text)}</dd>" for name, text in LEGEND]
-    out.append(f'</dl><h2>Made with</h2><p class="note">{e(environment_note(records))}</p></body></html>')
-    return "".join(out) + "\n"
-
-
-def environment_note(records: Sequence[Record]) -> str:
-    """Devices and library versions behind the records, each named once."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        environment: dict[str, Any] = record.get("environment", {})
-        for name, value in environment.get("versions", {}).items():
-            found.setdefault(str(name), [])
-            if str(value) not in found[str(name)]:
-                found[str(name)].append(str(value))
-        device = environment.get("device")
-        if device and device not in found.setdefault("device", []):
-            found["device"].append(str(device))
-    return (
-        "; ".join(f"{name} {', '.join(values)}" for name, values in sorted(found.items())) or "no environment on record"
-    )
-
-
-def export(tables: Sequence[Table], records: Sequence[Record], folder: Path, formats: Sequence[str]) -> list[Path]:
+def export(
+    tables: Sequence[Table],
+    records: Sequence[Record],
+    folder: Path,
+    formats: Sequence[str],
+    *,
+    data_dir: Path | None = None,
+) -> list[Path]:
     """Write ``leaderboard.<format>`` under ``folder`` for each format asked for.
+
+    The page also shows what lies beside the records in ``folder`` (training curves, verdicts of single images), and the
+    first test images where the data set can be had from ``data_dir`` (or $CERTPRUNE_DATA).
 
     Raises:
         ValueError: an unknown format.
@@ -372,9 +346,9 @@ def export(tables: Sequence[Table], records: Sequence[Record], folder: Path, for
         elif name == "json":
             text = as_json(tables, records)
         else:
-            from runs import plots
+            from runs import report_page
 
-            text = as_html(tables, records, plots.all_plots(tables))
+            text = report_page.make(tables, records, folder, data_dir)
         path = folder / f"leaderboard.{name}"
         write_atomic(path, text.encode())
         written.append(path)

@@ -1,4 +1,4 @@
-"""The few statistics that the leaderboard uses: exact intervals and exact paired tests.
+"""The few statistics that the leaderboard uses: intervals, exact paired tests, and ranks with ties.
 
 scipy is imported inside the functions, so that the command line answers without it.
 """
@@ -6,7 +6,7 @@ scipy is imported inside the functions, so that the command line answers without
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -105,3 +105,68 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
+
+
+def paired_interval(differences: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Interval for the mean of paired differences in [-1, 1], such as those of two verdicts on the same images.
+
+    A normal interval after half a win, half a loss and a tie are added: for differences of two binary verdicts that of
+    Agresti and Min 2005, "Simple improved confidence intervals for comparing matched proportions", without its
+    recentring on the pairs given. It does not shrink to a point when no pair differs.
+
+    Raises:
+        ValueError: no differences, one outside [-1, 1], or confidence outside (0, 1).
+    """
+    from scipy.stats import norm
+
+    if not differences or any(not -1 <= value <= 1 for value in differences):
+        raise ValueError(f"paired differences are numbers in [-1, 1], at least one, got {list(differences)!r:.80}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    n = len(differences) + 2
+    mean = math.fsum(differences) / n
+    # The additions are two half observations at 1 and -1, and a whole one at 0.
+    spread = (math.fsum(value**2 for value in differences) + 1) / n - mean**2
+    half = float(norm.ppf((1 + confidence) / 2)) * math.sqrt(max(spread, 0.0) / n)
+    return Interval(max(-1.0, mean - half), min(1.0, mean + half))
+
+
+@dataclass(frozen=True)
+class Rank:
+    """The places that an entrant may have, from 1: ``first`` to ``last``."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.first}" if self.first == self.last else f"{self.first}–{self.last}"
+
+
+def ranks(scores: Sequence[Sequence[float]], level: float = 0.05) -> list[Rank]:
+    """Places of entrants that are scored on the same images, ties left as ties.
+
+    All pairs are compared by a sign test over images, adjusted by Holm over the pairs. An entrant's first place is one
+    behind those that beat it significantly, its last place one before those that it beats.
+
+    Args:
+        scores: one sequence an entrant, one number an image.
+        level: of all comparisons together.
+
+    Raises:
+        ValueError: entrants are scored on different numbers of images.
+    """
+    if len({len(own) for own in scores}) > 1:
+        raise ValueError(f"entrants must be scored on the same images, got {sorted({len(own) for own in scores})}")
+    pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
+    tests: Mapping[tuple[int, int], Paired] = {
+        (i, j): sign_test([a - b for a, b in zip(scores[i], scores[j])]) for i, j in pairs
+    }
+    adjusted = dict(zip(pairs, holm([tests[pair].p for pair in pairs])))
+    better, worse = [0] * len(scores), [0] * len(scores)
+    for (i, j), p in adjusted.items():
+        if p > level:
+            continue
+        winner, loser = (i, j) if tests[i, j].wins > tests[i, j].losses else (j, i)
+        better[loser] += 1
+        worse[winner] += 1
+    return [Rank(1 + above, len(scores) - below) for above, below in zip(better, worse)]

@@ -15,6 +15,7 @@ _SUITES: Mapping[str, str] = {
     "arena": "every pruning method on the same networks, data and budgets, certified in the same way",
     "usn": "USN pruning and its baselines on keypoints: the paper's Tables I to III, Figures 3 and 4, and studies",
     "nrs": "NRSLoss and iterative pruning: every state certified; the paper's Tables I to VI and Figures 2 to 10",
+    "car": "CAR and its baselines under semantic edits, certified by sampling; the paper's Tables 1 to 5 and figures",
 }
 
 
@@ -140,7 +141,8 @@ def _narrow(block: Block, selection: Selection, siblings: Sequence[Block]) -> Bl
         )
     if selection.trainings is not None:
         for name in selection.trainings:
-            check(f"training on {block.data.name}", name, dict.fromkeys(s.training.objective for s in block.schedules))
+            known = dict.fromkeys(s.training.objective for sibling in siblings for s in sibling.schedules)
+            check(f"training on {block.data.name}", name, known)
         block = replace(
             block, schedules=tuple(s for s in block.schedules if s.training.objective in selection.trainings)
         )

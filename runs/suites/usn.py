@@ -41,12 +41,13 @@ PAPER_PERTURBATIONS = (
 JOINT = Perturb("joint", 2 * PIXEL)
 ROTATION = Perturb("rotation", 0.5)
 
-# How much longer an epoch is than one of plain training: clean and perturbed images; metrics on a quarter, or on all.
-AUGMENTED, QUARTER, WHOLE = 2.4, 2.6, 20.0
+# How much longer an epoch is than one of plain training: clean and perturbed images; these and metrics on a quarter, or
+# on all; clean images alone and metrics on a quarter.
+AUGMENTED, QUARTER, WHOLE, CLEAN_QUARTER = 2.4, 2.6, 20.0, 2.1
 
 _RULES: Mapping[str, Mapping[str, Value]] = {
     "vanilla": {"lambda_u": 0.0, "lambda_s": 0.0, "lambda_w": 0.0, "task_on": "clean"},
-    "augmented": {"lambda_u": 0.0, "lambda_s": 0.0, "lambda_w": 0.0},
+    "augmented": {"lambda_u": 0.0, "lambda_s": 0.0, "lambda_w": 0.0, "task_on": "both"},
     "none": {"lambda_w": LAMBDA_W},
     "usn": {"lambda_w": LAMBDA_W, "prune": "high"},
     "usn-w0": {"lambda_w": 0.0, "prune": "high"},
@@ -106,6 +107,11 @@ QUICK_METRIC: Mapping[str, Value] = {"m": 2, "metric_fraction": 0.25, "wide_lr_s
 """One antithetic pair of copies on a quarter of each batch. At these learning rates, with a warm-up, the wide layer
 does not collapse, and a smaller rate on it only slows the network down."""
 
+SHORT: Mapping[str, Value] = {**QUICK_METRIC, "task_on": "clean", "prune_end": 0.6}
+"""What fits into minutes. The task loss is taken on clean images alone, a third less work a step, which buys epochs:
+the losses of the metrics see the copies either way. Pruning is over after 60 % of the epochs, when the rate is still a
+third of its peak, so that what is left recovers."""
+
 
 def smoke() -> Preset:
     """Two epochs on 160 aircraft, 4 images certified: a minute that shows that the whole path works, nothing more."""
@@ -136,8 +142,8 @@ def _quick_block(wanted: Mapping[str, tuple[float, ...]], seeds: tuple[int, ...]
     return Block(
         data=Data("aircraft", val_limit=150, augment=True),
         networks=(network,),
-        rules=_rules(wanted, QUARTER, **QUICK_METRIC),
-        schedules=(Schedule(_training(24, 2e-3), 3.0),),
+        rules=_rules(wanted, CLEAN_QUARTER, **SHORT),
+        schedules=(Schedule(_training(48, 3e-3, 16), 2.1),),
         perturbations=PAPER_PERTURBATIONS,
         verifier=_verifier(30, 5.0, 0),
         seeds=seeds,
@@ -162,8 +168,8 @@ def quick() -> Preset:
         name="quick",
         hardware="two CPU cores",
         at_once=2,
-        expectation="most images hold at 1 px for every variant; differences show at 0.25 px, in the largest deviation "
-        "and in the number of sub-intervals",
+        expectation="cnn7_cw: mean errors of about 2.4 px dense, 2.6 px at ratio 0.2; most images hold at 1 px for "
+        "every variant; differences show at 0.25 px, in the largest deviation and in the number of sub-intervals",
         blocks=(main, chance, others, beside),
         default=("aircraft",),
     )
@@ -239,9 +245,10 @@ def paper() -> Preset:
 def lambda_w() -> Preset:
     """Study: λ_W from 0 to 100, and one that grows with pruning, at ratio 0.1, where the paper says it hurts."""
     block = _quick_block({}, (0,), Network("cnn7_cw", width=0.25))
-    common = {**QUICK_METRIC, "prune": "high"}
-    sweep = tuple(Rule("usn", (0.1,), settings(**common, lambda_w=w), QUARTER, "usn") for w in (0.0, 1.0, 10.0, 100.0))
-    growing = Rule("usn", (0.1,), settings(**common, lambda_w=10.0, lambda_w_ramp="progressive"), QUARTER, "usn")
+    common = {**SHORT, "prune": "high"}
+    weights = (0.0, 1.0, 10.0, 100.0)
+    sweep = tuple(Rule("usn", (0.1,), settings(**common, lambda_w=w), CLEAN_QUARTER, "usn") for w in weights)
+    growing = Rule("usn", (0.1,), settings(**common, lambda_w=10.0, lambda_w_ramp="progressive"), CLEAN_QUARTER, "usn")
     return Preset(
         name="lambda",
         hardware="two CPU cores",

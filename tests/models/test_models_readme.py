@@ -1,6 +1,7 @@
 """The worked example runs as printed."""
 
 import re
+import tempfile
 from pathlib import Path
 
 import models
@@ -11,8 +12,11 @@ def test_the_example_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 1
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
     exec(compile(blocks[0], "models/README.md", "exec"), {})
-    assert sorted(p.name for p in (tmp_path / "example").iterdir()) == ["cnn7.json", "cnn7.safetensors"]
+    assert sorted(p.name for p in tmp_path.rglob("cnn7.*")) == ["cnn7.json", "cnn7.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]  # nothing is left in the checkout
 
 
 def test_every_network_is_listed():

