@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from certify.bounds import attach, trace
 from certify.bounds.crown import crown_intervals
+from certify.bounds.graph import Graph
 from certify.bounds.interval import intervals
+from certify.bounds.op import Affine, Interval
 from certify.bounds.relunet import Link, ReluNet, build
 from certify.bounds.rewrite import relu_form
 from certify.curves import Path
@@ -26,8 +28,8 @@ from certify.perturbations import L2, Perturbation
 
 # HiGHS keeps constraints and reduced costs to 1e-7, integrality to 1e-6.
 TOLERANCE = 1e-6
-# Units whose bounds are smaller than this share of their terms are counted in that.
-NOISE = 1e-6
+# Units whose bounds are smaller than this share of what they are made of are counted in that.
+NOISE = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,9 @@ def minimum(
             raise ValueError(f"C must be (rows, {outputs[0]}) and d (rows,), got {tuple(C.shape)}")
         graph = relu_form(graph, intervals(graph, region))
         shift = torch.zeros(len(C), dtype=torch.float64) if d is None else d.double()
-        net = build(graph, region, crown_intervals(graph, region), C.double(), shift.to(C.device))
-    program = _Program(net)
+        found = crown_intervals(graph, region)
+        net = build(graph, region, found, C.double(), shift.to(C.device))
+    program = _Program(net, [_magnitude(graph, found, graph.nodes[block.node].inputs[0]) for block in net.blocks])
     results = []
     for row in range(len(C)):
         value, bound, point, finished = program.solve(row, seconds, gap)
@@ -104,9 +107,13 @@ class _Program:
 
     The solver's tolerances are absolute, so every variable counts in units of its own size (ReLUs allow that): without,
     a network whose layers are large and small in turn gets wrong answers.
+
+    Args:
+        net: the network.
+        magnitudes: for each block, the largest number that its pre-activations are made of.
     """
 
-    def __init__(self, net: ReluNet) -> None:
+    def __init__(self, net: ReluNet, magnitudes: list[float]) -> None:
         self.net = net
         sizes = [len(net.middle), *(len(b.bias) for b in net.blocks)]
         self.at = np.concatenate([[0], np.cumsum(sizes)])
@@ -127,7 +134,8 @@ class _Program:
             lo, hi = _array(net.lo[net.span(k)]), _array(net.hi[net.span(k)])
             terms = np.abs(bias) + sum(np.asarray(abs(m).sum(1)).ravel() for m in parts.values())
             # Of a unit that is undecided by rounding alone the bounds are noise, which is not to be blown up.
-            unit = _positive(np.concatenate([np.maximum(np.maximum(-lo, hi), NOISE * terms[:n]), terms[n:]]))
+            terms[:n] = np.maximum(-lo, hi)
+            unit = _positive(np.maximum(terms, NOISE * magnitudes[k - 1]))
             self.sizes.append(unit)
             parts = {j: (scipy.sparse.diags(1 / unit) @ m).tocsr() for j, m in parts.items()}
             bias, lo, hi = bias / unit, lo / unit[:n], hi / unit[:n]
@@ -202,6 +210,17 @@ class _Program:
         # Without binaries the solver is a linear one and reports no dual bound.
         bound = value - off if result.mip_dual_bound is None and result.status == 0 else bound
         return value, bound, result.x[: len(self.net.middle)] * self.sizes[0], result.status == 0
+
+
+def _magnitude(graph: Graph, found: list[Interval], node: int) -> float:
+    """The largest number in a node and in those that affine maps make it of."""
+    pending, largest = {node}, 0.0
+    while pending:
+        index = pending.pop()
+        largest = max(largest, *(float(end.abs().max()) for end in found[index]))
+        if isinstance(graph.nodes[index].op, Affine):
+            pending.update(graph.nodes[index].inputs)
+    return largest
 
 
 def _positive(size: np.ndarray) -> np.ndarray:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from runs import paper as papers
 from runs.car_lines import Bits, Line, Study, accurate, paired, paper, valid
+from runs.grids import CONSTANT, Grid
 from runs.statistics import holm
 from runs.suites import car
-from runs.usn_tables import CONSTANT, Grid
 
 LONGER = "lmp longer"
 NOT_VALID = "PCA, paper (CC-Cert: NOT VALID)"
@@ -261,21 +261,6 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(str(part)[:16] for part in value)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def markdown(found: Sequence[Study]) -> str:
-    """All tables as Markdown."""
-    out = ["# CAR under semantic edits", ""]
-    for study in found:
-        for grid in grids(study):
-            out += [f"## {grid.title}", "", _line(grid.header), _line("---" for _ in grid.header)]
-            out += [_line(row) for row in grid.rows]
-            out += ["", *(f"{note}  " for note in grid.notes), ""]
-    return "\n".join(out)
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def as_csv(found: Sequence[Study]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import nrs_lines, nrs_records, nrs_tables, report
-from runs.store import Record, write_atomic
-from runs.usn_tables import CONSTANT, Grid
+from runs import grids, nrs_lines, nrs_records, nrs_tables
+from runs.store import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,65 +23,17 @@ def show(records: Sequence[Record], folder: Path, formats: Sequence[str], consol
     """
     found = nrs_lines.studies(record for record in records if nrs_records.applies(record))
     for study in found:
-        for grid in nrs_tables.grids(study, states=False):
-            _print(grid, console)
+        grids.show(nrs_tables.grids(study, states=False), console)
     return export(found, folder, formats) if found else []
-
-
-def _print(grid: Grid, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(grid.title), title_justify="left")
-    for name in grid.header:
-        table.add_column(escape(name), overflow="fold")
-    for row in grid.rows:
-        table.add_row(*map(escape, row), style="red" if CONSTANT in row[0] else None)
-    console.print(table)
-    for note in grid.notes:
-        console.print(escape(note), style="dim", highlight=False)
-    console.print()
 
 
 def export(found: Sequence[nrs_lines.Study], folder: Path, formats: Sequence[str]) -> list[Path]:
     """Write the formats asked for; the page holds the figures, which also lie beside it as PNG files."""
-    files: dict[str, bytes] = {}
-    if "md" in formats:
-        files["nrs.md"] = nrs_tables.markdown(found).encode()
-    if "csv" in formats:
-        files["nrs.csv"] = nrs_tables.as_csv(found).encode()
+    figures: list[grids.Figure] = []
     if "html" in formats:
         from runs import nrs_figures
 
         figures = nrs_figures.all_figures(found)
-        files |= {name: png for name, _, png in figures}
-        files["nrs.html"] = as_html(found, figures).encode()
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in files]
-
-
-def as_html(found: Sequence[nrs_lines.Study], figures: Sequence[tuple[str, str, bytes]]) -> str:
-    """One page with every table and figure that needs nothing from elsewhere."""
-    e = html.escape
-    out = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{TITLE}</title><style>{report.STYLE}</style></head><body><h1>{TITLE}</h1>",
-    ]
-    for study in found:
-        for grid in nrs_tables.grids(study):
-            out.append(f'<h2>{e(grid.title)}</h2><div class="wrap"><table><thead><tr>')
-            out += [f"<th>{e(name)}</th>" for name in grid.header]
-            out.append("</tr></thead><tbody>")
-            for row in grid.rows:
-                kind = ' class="failed"' if CONSTANT in row[0] else ""
-                out.append(f"<tr{kind}>" + "".join(f"<td>{e(text)}</td>" for text in row) + "</tr>")
-            out.append("</tbody></table></div>")
-            out += [f'<p class="note">{e(note)}</p>' for note in grid.notes]
-    for _, caption, png in figures:
-        data = base64.b64encode(png).decode()
-        out.append(f'<figure><img alt="{e(caption)}" src="data:image/png;base64,{data}">')
-        out.append(f"<figcaption>{e(caption)}</figcaption></figure>")
-    out.append("</body></html>")
-    return "".join(out) + "\n"
+    tables = tuple(grid for study in found for grid in nrs_tables.grids(study))
+    page = grids.Page("nrs", TITLE, tables)
+    return grids.write(page, nrs_tables.as_csv(found), figures, folder, formats)

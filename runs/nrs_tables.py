@@ -13,9 +13,9 @@ from typing import Any
 
 from runs import paper
 from runs.cell import magnitude_text
+from runs.grids import CONSTANT, Grid
 from runs.nrs_lines import Line, Study, proved_by, share_of, verified
 from runs.statistics import clopper_pearson
-from runs.usn_tables import CONSTANT, Grid
 
 ROWS: Mapping[str, str] = {
     "dense": "Dense",
@@ -476,17 +476,6 @@ def _cost(study: Study) -> Grid:
         tuple(rows),
         ("Wall time of a run, mean over seeds; images/s include validation.",),
     )
-
-
-def markdown(found: Sequence[Study]) -> str:
-    """All tables as GitHub-flavoured Markdown."""
-    out = ["# NRSLoss and iterative pruning", ""]
-    for study in found:
-        for grid in grids(study):
-            out += [f"## {grid.title}", "", "| " + " | ".join(grid.header) + " |", "|" + "--|" * len(grid.header)]
-            out += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in grid.rows]
-            out += ["", *(f"* {note}" for note in grid.notes), ""]
-    return "\n".join(out)
 
 
 def flat(found: Sequence[Study]) -> Iterator[dict[str, Any]]:

@@ -2,88 +2,38 @@
 
 from __future__ import annotations
 
-import base64
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import report, usn_tables
-from runs.store import Record, write_atomic
+from runs import grids, usn_tables
+from runs.store import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+TITLE = "USN pruning"
+NOTE = "Transformers and dense prediction are out of scope."
 
 
 def show(records: Sequence[Record], folder: Path, formats: Sequence[str], console: Console) -> list[Path]:
     """Print the tables of all USN studies among the records and write ``usn.*``; returns what was written.
 
-    Records of other suites are passed over; without a USN record nothing happens.
+    Records of other suites are passed over; without one of these nothing happens.
     """
     found = usn_tables.studies(records)
-    if not found:
-        return []
     for study in found:
-        for grid in usn_tables.grids(study):
-            _print(grid, console)
-    return export(found, folder, formats)
-
-
-def _print(grid: usn_tables.Grid, console: Console) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(grid.title), title_justify="left")
-    for name in grid.header:
-        table.add_column(escape(name), overflow="fold")
-    for row in grid.rows:
-        table.add_row(*map(escape, row), style="red" if usn_tables.CONSTANT in "".join(row) else None)
-    console.print(table)
-    for note in grid.notes:
-        console.print(escape(note), style="dim", highlight=False)
-    console.print()
+        grids.show(usn_tables.grids(study), console)
+    return export(found, folder, formats) if found else []
 
 
 def export(found: Sequence[usn_tables.Study], folder: Path, formats: Sequence[str]) -> list[Path]:
     """Write the formats asked for; the page holds the figures, which also lie beside it as PNG files."""
-    files: dict[str, bytes] = {}
-    if "md" in formats:
-        files["usn.md"] = usn_tables.markdown(found).encode()
-    if "csv" in formats:
-        files["usn.csv"] = usn_tables.as_csv(found).encode()
+    figures: list[grids.Figure] = []
     if "html" in formats:
         from runs import usn_figures
 
         figures = usn_figures.all_figures(found)
-        files |= {name: png for name, _, png in figures}
-        files["usn.html"] = as_html(found, figures).encode()
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    return [folder / name for name in files]
-
-
-def as_html(found: Sequence[usn_tables.Study], figures: Sequence[tuple[str, str, bytes]]) -> str:
-    """One page with every table and figure that needs nothing from elsewhere."""
-    e = html.escape
-    out = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>USN pruning</title><style>{report.STYLE}</style></head><body><h1>USN pruning</h1>",
-        '<p class="sub">Transformers and dense prediction are out of scope.</p>',
-    ]
-    for study in found:
-        for grid in usn_tables.grids(study):
-            out.append(f'<h2>{e(grid.title)}</h2><div class="wrap"><table><thead><tr>')
-            out += [f"<th>{e(name)}</th>" for name in grid.header]
-            out.append("</tr></thead><tbody>")
-            for row in grid.rows:
-                kind = ' class="failed"' if usn_tables.CONSTANT in "".join(row) else ""
-                out.append(f"<tr{kind}>" + "".join(f"<td>{e(text)}</td>" for text in row) + "</tr>")
-            out.append("</tbody></table></div>")
-            out += [f'<p class="note">{e(note)}</p>' for note in grid.notes]
-    for _, caption, png in figures:
-        data = base64.b64encode(png).decode()
-        out.append(f'<figure><img alt="{e(caption)}" src="data:image/png;base64,{data}">')
-        out.append(f"<figcaption>{e(caption)}</figcaption></figure>")
-    out.append("</body></html>")
-    return "".join(out) + "\n"
+    tables = tuple(grid for study in found for grid in usn_tables.grids(study))
+    page = grids.Page("usn", TITLE, tables, NOTE)
+    return grids.write(page, usn_tables.as_csv(found), figures, folder, formats)

@@ -12,20 +12,18 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runs import deviations, paper
 from runs.cell import Cell, Perturb, digest, from_dict
+from runs.grids import CONSTANT, Grid
 from runs.statistics import clopper_pearson, holm, sign_test
 from runs.store import DONE, Record
 
 PAPER_IMAGES = 154
 TAU = "2"
 """Pixels within which a keypoint counts as right in the tables and figures."""
-
-CONSTANT = "CONSTANT"
-"""Marks a variant whose network predicts the same for every image, in so many of its seeds."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +78,6 @@ class Study:
         """Ratios above 0 at which all of these variants have been run."""
         found = [{line.ratio for line in self.lines if line.label == label and line.ratio} for label in labels]
         return sorted(set.intersection(*found)) if found else []
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table as text: heading, columns, rows, and lines below it."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 def applies(record: Record) -> bool:
@@ -361,17 +349,6 @@ def _versus(study: Study) -> Grid:
             "images, not how the methods would with other seeds.",
         ),
     )
-
-
-def markdown(found: Sequence[Study]) -> str:
-    """All tables as GitHub-flavoured Markdown."""
-    out = ["# USN pruning", "", "Transformers and dense prediction are out of scope.", ""]
-    for study in found:
-        for grid in grids(study):
-            out += [f"## {grid.title}", "", "| " + " | ".join(grid.header) + " |", "|" + "--|" * len(grid.header)]
-            out += ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in grid.rows]
-            out += ["", *(f"* {note}" for note in grid.notes), ""]
-    return "\n".join(out)
 
 
 def flat(found: Sequence[Study]) -> Iterator[dict[str, Any]]:

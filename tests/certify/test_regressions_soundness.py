@@ -189,25 +189,25 @@ def test_programs_of_badly_scaled_networks_have_the_same_answer(factor: float) -
     for output, (row, value) in enumerate(zip(found, wanted, strict=True)):
         assert row.finished
         assert row.value == pytest.approx(value, abs=1e-5)
-        assert value - 1e-4 < row.bound <= value
+        assert value - 1e-3 < row.bound <= value
         point = row.x
         assert point is not None
         assert float(net(point)[0, output]) == pytest.approx(value, abs=1e-5)
 
 
 def test_a_unit_that_only_rounding_leaves_undecided_does_not_spoil_the_program() -> None:
-    """Counted in units of its bounds, which are noise, its constraint cuts the minimum off."""
+    """Counted in units of its bounds, which are noise, its constraint cuts the minimum off: a grey image hardly moves
+    with its saturation, and white pixels lie where clipping starts."""
     torch.manual_seed(0)
-    net = _frozen(nn.Linear(3, 9), nn.ReLU(), nn.Linear(9, 4), nn.ReLU(), nn.Linear(4, 1)).double()
-    # The first three units cancel but for a unit in the last place.
-    net[0].weight[:3], net[0].bias[:3] = net[0].weight[3:4] * 1e-17, 0.0
-    net[0].weight[1] += 0.3
-    net[0].bias[1] = -0.3 * 1.5 + 1e-16
-    x, p, C = torch.full((1, 3), 0.5, dtype=torch.float64), certify.Linf(0.5), torch.ones(1, 1, dtype=torch.float64)
+    net = _frozen(nn.Flatten(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 1)).double()
+    x = torch.rand(1, 3, 2, 2, dtype=torch.float64)
+    x[:, :, 0] = 1.0
+    x[:, :, 1, 1] = 0.3
+    C, p = torch.ones(1, 1, dtype=torch.float64), certify.Saturation(0.9)
     (found,) = milp.minimum(net, x, p, C)
-    worst = audit.worst(net, x, certify.Linear(C), p)
-    assert found.value == pytest.approx(float(worst.margin), abs=1e-6)
-    assert found.bound <= float(worst.margin) + 1e-9
+    lowest = float(audit.worst(net, x, certify.Linear(C), p).margin)
+    assert found.value == pytest.approx(lowest, abs=1e-6)
+    assert lowest - 1e-3 < found.bound <= lowest + 1e-9
 
 
 def test_nothing_to_decide_needs_no_program() -> None:

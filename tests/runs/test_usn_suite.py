@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import certify
-from runs import deviations, shifts, usn_figures, usn_report, usn_studies, usn_tables
+from runs import deviations, grids, shifts, usn_figures, usn_report, usn_studies, usn_tables
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, from_dict, settings
 from runs.engine import SerialEngine
 from runs.execute import Execute, build_config, remarks, total_epochs
@@ -366,7 +366,7 @@ def records() -> list[Record]:
     ]
 
 
-def _grids(records: list[Record]) -> dict[str, usn_tables.Grid]:
+def _grids(records: list[Record]) -> dict[str, grids.Grid]:
     (study,) = usn_tables.studies(records)
     return {grid.title.split(":")[0].split(" ·")[0]: grid for grid in usn_tables.grids(study)}
 
@@ -442,7 +442,7 @@ def test_other_data_epochs_or_networks_are_other_tables(records: list[Record]) -
     assert usn_tables.studies([arena]) == []
 
 
-def test_csv_and_markdown_hold_every_network(records: list[Record]) -> None:
+def test_csv_and_markdown_hold_every_network(records: list[Record], tmp_path: Path) -> None:
     found = usn_tables.studies(records)
     rows = list(csv.DictReader(io.StringIO(usn_tables.as_csv(found))))
     assert len(rows) == len(records) * 2
@@ -450,7 +450,8 @@ def test_csv_and_markdown_hold_every_network(records: list[Record]) -> None:
     assert float(row["deviation_mean"]) == pytest.approx(1.0)
     assert (row["holds_1"], row["violated_1"], row["holds_0.25"], row["collapsed"]) == ("3", "1", "1", "False")
     assert (row["visible_total"], row["occluded_verified"]) == ("8", "4")
-    text = usn_tables.markdown(found)
+    (written,) = usn_report.export(found, tmp_path, ("md",))
+    text = written.read_text()
     for heading in ("Table I:", "Table II:", "Table III:", "decided exactly", "out of scope"):
         assert heading in text
 
