@@ -129,6 +129,7 @@ def test_targets_move_with_their_images() -> None:
     moves = torch.randint(-3, 4, (40, 2), generator=torch.Generator().manual_seed(0))
     images, points = shifts.move(x, torch.cat([y, y], 1), moves, 3)
     assert images.shape == x.shape
+    assert images.is_contiguous(memory_format=torch.channels_last)
     for i, (column, row) in enumerate(points[:, :2].long().tolist()):
         assert images[i, 0, row, column] == 1.0
         assert images[i].sum() == 1.0
