@@ -27,7 +27,7 @@ from certify.curves import Path
 from certify.perturbations import L2, Perturbation
 
 # HiGHS keeps constraints and reduced costs to 1e-7, integrality to 1e-6.
-TOLERANCE = 1e-6
+CONSTRAINT, TOLERANCE = 1e-7, 1e-6
 # Units whose bounds are smaller than this share of what they are made of are counted in that.
 NOISE = 1e-8
 
@@ -37,7 +37,7 @@ class Minimum:
     """What the solver found for one row.
 
     Attributes:
-        value: the smallest value found (a point's value: an upper bound of the minimum); inf when there is none.
+        value: the smallest value found (the network's at `x`: an upper bound of the minimum); inf when there is none.
         bound: proven lower bound; equal to `value` up to the solver's gap and tolerances when it finished.
         x: (1, *input) where `value` is attained, float64; None when there is none.
         binaries: binary variables.
@@ -121,6 +121,7 @@ class _Program:
         self.count = self.binaries + net.units
         middle, half = _array(net.middle), _array(net.half)
         self.sizes = [_positive(np.abs(middle) + half)]
+        self.errors = [CONSTRAINT * self.sizes[0]]  # how far values can be off that the solver takes for right
         middle, half = middle / self.sizes[0], half / self.sizes[0]
         low = np.concatenate([middle - half, np.full(self.count - len(middle), -np.inf)])
         high = np.concatenate([middle + half, np.full(self.count - len(middle), np.inf)])
@@ -137,6 +138,11 @@ class _Program:
             terms[:n] = np.maximum(-lo, hi)
             unit = _positive(np.maximum(terms, NOISE * magnitudes[k - 1]))
             self.sizes.append(unit)
+            error = CONSTRAINT * unit
+            for j, link in block.links.items():
+                error = error + abs(_matrix(link)) @ self.errors[j]
+            error[:n] = np.minimum(error[:n], unit[:n])
+            self.errors.append(error)
             parts = {j: (scipy.sparse.diags(1 / unit) @ m).tocsr() for j, m in parts.items()}
             bias, lo, hi = bias / unit, lo / unit[:n], hi / unit[:n]
             if size > n:
@@ -189,8 +195,9 @@ class _Program:
             return constant, constant, _array(self.net.middle), True
         objective = self._place(parts).toarray()[0]
         unit = float(_positive(np.abs(objective).max()))
-        # What tolerances on constraints and reduced costs can add up to.
+        # What tolerances on constraints, reduced costs and integrality can add up to.
         off = TOLERANCE * float(np.abs(objective).sum())
+        off += sum(float((abs(_matrix(link))[row] @ self.errors[j]).item()) for j, link in self.net.rows.links.items())
         integrality = np.zeros(self.count)
         integrality[self.binaries :] = 1
         options = {"mip_rel_gap": gap}
@@ -206,10 +213,15 @@ class _Program:
         bound = -math.inf if result.mip_dual_bound is None else float(result.mip_dual_bound) * unit + constant - off
         if result.x is None:
             return math.inf, bound, None, False
-        value = float(result.fun) * unit + constant
+        claimed = float(result.fun) * unit + constant
         # Without binaries the solver is a linear one and reports no dual bound.
-        bound = value - off if result.mip_dual_bound is None and result.status == 0 else bound
-        return value, bound, result.x[: len(self.net.middle)] * self.sizes[0], result.status == 0
+        bound = claimed - off if result.mip_dual_bound is None and result.status == 0 else bound
+        middle, half = _array(self.net.middle), _array(self.net.half)
+        point = np.clip(result.x[: len(middle)] * self.sizes[0], middle - half, middle + half)
+        value = float(self.net.forward(torch.from_numpy(point).to(self.net.middle).unsqueeze(1))[row, 0])
+        if abs(value - claimed) > off + gap * abs(claimed):
+            return value, -math.inf, point, False  # what the solver solved is not this network
+        return value, bound, point, result.status == 0
 
 
 def _magnitude(graph: Graph, found: list[Interval], node: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,12 @@ from certify.bounds.affine import Add, NonNegative, Scale
 from certify.bounds.graph import Graph, Node
 from certify.bounds.op import Affine, Interval, Op, UnsupportedOperation
 from certify.bounds.pooling import MaxPool2d
+
+# How far, relative to the outputs, rounding may put the rewritten network from the one that it stands for.
+SAME = 1e-8
+# From this ratio on float64 has too few digits for a small number beside a large one.
+SWALLOWED = 1e7
+DIFFERENT = "maxima cannot be written as ReLUs in float64 where numbers of very different size meet in them"
 
 
 def relu_form(graph: Graph, found: list[Interval]) -> Graph:
@@ -28,7 +35,8 @@ def relu_form(graph: Graph, found: list[Interval]) -> Graph:
             replaced by a value that no input falls below.
 
     Raises:
-        UnsupportedOperation: for a nonlinearity that is not piecewise linear, naming it and its module.
+        UnsupportedOperation: for a nonlinearity that is not piecewise linear, naming it and its module; and where the
+            rewritten network differs by rounding, because numbers of very different size meet in a maximum.
     """
     builder = _Builder(graph.nodes[0], found[0][0])
     number = {0: 0}
@@ -41,14 +49,20 @@ def relu_form(graph: Graph, found: list[Interval]) -> Graph:
         elif isinstance(op, LeakyReLU):
             number[index] = _leaky(builder, inputs[0], op.slope)
         elif isinstance(op, Clamp):
-            number[index] = _clamp(builder, inputs[0], op.low, op.high)
+            largest = max(float(end.abs().max()) for end in found[node.inputs[0]])
+            number[index] = _clamp(builder, inputs[0], op.low, op.high, largest)
         elif isinstance(op, MaxPool2d):
             number[index] = _max_pool(builder, inputs[0], op, float(found[node.inputs[0]][0].min()), node.shape)
         else:
             raise UnsupportedOperation(
                 f"{op.label} is not piecewise linear, so it cannot be decided by splitting ReLUs"
             )
-    return Graph(builder.nodes, number[graph.output])
+    rewritten = Graph(builder.nodes, number[graph.output])
+    for point in (found[0][0], torch.lerp(*found[0], 0.5), found[0][1]):
+        value = graph.forward(point)
+        if not bool((rewritten.forward(point) - value).abs().amax() <= SAME * value.abs().amax()):
+            raise UnsupportedOperation(DIFFERENT)
+    return rewritten
 
 
 class _Builder:
@@ -84,10 +98,15 @@ def _leaky(builder: _Builder, source: int, slope: float) -> int:
     return builder.sum(builder.scale(source, slope, None), rectified)
 
 
-def _clamp(builder: _Builder, source: int, low: float, high: float) -> int:
-    """``low + relu(v - low) - relu(v - high)``; an infinite end drops its part."""
+def _clamp(builder: _Builder, source: int, low: float, high: float, largest: float) -> int:
+    """``low + relu(v - low) - relu(v - high)``; an infinite end drops its part.
+
+    Refused where the `largest` values would swallow the ends in that difference.
+    """
     if math.isinf(low) and math.isinf(high):
         return source
+    if largest > SWALLOWED * max(abs(end) for end in (low, high) if math.isfinite(end)) and largest > SWALLOWED:
+        raise UnsupportedOperation(DIFFERENT)
     above = builder.relu(builder.scale(source, None, -high)) if math.isfinite(high) else None
     if math.isinf(low):
         assert above is not None

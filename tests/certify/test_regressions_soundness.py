@@ -195,6 +195,39 @@ def test_programs_of_badly_scaled_networks_have_the_same_answer(factor: float) -
         assert float(net(point)[0, output]) == pytest.approx(value, abs=1e-5)
 
 
+@pytest.mark.parametrize("loud", [1.0, 1e4, 1e30])
+def test_a_clamp_of_large_numbers_is_not_swallowed_by_their_difference(loud: float) -> None:
+    """``relu(v) - relu(v - 6)`` is 0 for v = 1e30, where the clamp is 6: programs and ReLU splits decided another
+    network."""
+    torch.manual_seed(1)
+    net = _frozen(nn.Linear(3, 6), nn.ReLU6(), nn.Linear(6, 1)).double()
+    net[0].weight *= loud
+    x, p, C = torch.full((1, 3), 0.5, dtype=torch.float64), certify.Linf(0.4), torch.ones(1, 1, dtype=torch.float64)
+    lowest = float(audit.worst(net, x, certify.Linear(C), p, points=4000).margin)
+    if loud > 1e7:
+        with pytest.raises(certify.UnsupportedOperation, match="very different size"):
+            milp.minimum(net, x, p, C)
+    else:
+        (found,) = milp.minimum(net, x, p, C)
+        assert found.bound <= lowest + 1e-6
+        assert found.value <= lowest + 1e-6
+    for method in ("bab", "milp"):
+        spec = certify.Linear(C, -1e-3 - lowest)
+        cert = certify.verify(net, x, spec, p, method, certify.Budget(seconds=5), attack=False)
+        assert int(cert.status) != Status.HOLDS if loud > 1e7 else int(cert.status) == Status.VIOLATED
+
+
+def test_maxima_of_numbers_of_very_different_size_are_refused() -> None:
+    """``b + relu(a - b)`` is 0 for a = 1 and b = -1e30."""
+    net = _frozen(nn.MaxPool2d(2), nn.Flatten(), _linear([[1.0]], [0.0])).double()
+    x = torch.tensor([[[[1.0, -1e30], [0.5, 0.25]]]], dtype=torch.float64)
+    with pytest.raises(certify.UnsupportedOperation, match="very different size"):
+        milp.minimum(net, x, certify.Linf(0.1, clip=False), torch.ones(1, 1))
+    spec = certify.Linear(torch.ones(1, 1), -0.95)  # 1 - .1 - .95 < 0
+    cert = certify.verify(net, x, spec, certify.Linf(0.1, clip=False), "bab", certify.Budget(seconds=3))
+    assert int(cert.status) != Status.HOLDS
+
+
 def test_a_unit_that_only_rounding_leaves_undecided_does_not_spoil_the_program() -> None:
     """Counted in units of its bounds, which are noise, its constraint cuts the minimum off: a grey image hardly moves
     with its saturation, and white pixels lie where clipping starts."""
