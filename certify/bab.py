@@ -177,7 +177,7 @@ class _Run:
         graph, region = attach(trace(model, self.x.double())[0].folded(), self.x.double(), self.p)
         free = int((region.lo < region.hi).sum())
         if not free:
-            return self._point()
+            return self._point(graph, region)
         found_intervals = crown_intervals(graph, region, self.budget.memory // 4)
         rows = crown_rows(graph, region, found_intervals, self.C.unsqueeze(0))[0] + self.d
         lower = float(rows.max() if self.any_row else rows.min())
@@ -195,9 +195,9 @@ class _Run:
                 return self.answer(Status.UNKNOWN, lower)
             return self._split_inputs(graph, region, lower)
 
-    def _point(self) -> Verdict:
-        """Nothing may change: the model itself is the answer (a box need not hold the image given beside it)."""
-        rows = self.C @ self.model(self.lo)[0].double() + self.d
+    def _point(self, graph: Graph, region: Region) -> Verdict:
+        """Nothing may change: the network's value, in float64, is the answer."""
+        rows = self.C @ graph.forward(region.lo)[0] + self.d
         lower = float(rows.max() if self.any_row else rows.min())
         return self.answer(Status.HOLDS if lower > self.margin else Status.UNKNOWN, lower)
 

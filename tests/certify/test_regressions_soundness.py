@@ -141,6 +141,22 @@ def test_constants_of_a_property_are_not_rounded_to_the_images_precision(method:
     assert not audit.refutations(net, x, spec, p, cert, audit.worst(net, x, spec, p))
 
 
+def test_a_single_image_is_decided_in_float64() -> None:
+    """With nothing to change the float32 output alone was the verdict, a unit in its last place above the truth."""
+    net = _frozen(_linear([[1.0]], [16.0]))
+    x = torch.full((1, 1), 0.3)
+    rounded = float(net(x)) - 16 - 0.3
+    exact = float(net.double()(x.double())) - 16 - 0.3
+    net.float()
+    assert rounded != exact
+    sign = 1.0 if rounded > exact else -1.0
+    spec = certify.Linear(torch.tensor([[sign]], dtype=torch.float64), -sign * (16.3 + (rounded + exact) / 2))
+    found = bab.verify(
+        net, x, certify.Linf(0.0), spec.C, torch.tensor([float(spec.d)], dtype=torch.float64), attack=False
+    )
+    assert found.status == Status.UNKNOWN  # fails in real arithmetic, but the model does not show it
+
+
 def test_a_bound_that_overflows_leaves_its_subproblem_open(monkeypatch: pytest.MonkeyPatch) -> None:
     """A subproblem whose bound was NaN was neither decided nor kept."""
     torch.manual_seed(0)
