@@ -106,7 +106,7 @@ def load(
         CorruptData: (a ValueError) for truncated files, wrong checksums, shapes, counts or labels.
         ValueError: unknown name, variant or split, or an argument that does not apply to this set.
     """
-    from datasets.packs import SPLITS
+    from datasets.splits import SPLITS
 
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}, expected one of {', '.join(SPLITS)}")

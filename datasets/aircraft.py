@@ -12,13 +12,7 @@ of the top left pixel is (0.5, 0.5). All keypoints lie inside the image, those h
 
 from __future__ import annotations
 
-import difflib
-import multiprocessing
-import os
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,23 +22,22 @@ from datasets.aircraft_airframes import AIRFRAMES
 from datasets.aircraft_geometry import KEYPOINTS, build
 from datasets.aircraft_render import GROUNDS, Rendered, Scene, render
 from datasets.aircraft_sampling import SETTINGS, draw
+from datasets.rendering import Progress, render_chunks, split_number, unknown
 
 VERSION = 6
 """Goes up whenever a change to the renderer or to the sampling changes images; part of the meta data."""
 
-SPLITS: tuple[str, ...] = ("train", "val", "test")
 SIZES: dict[str, dict[str, int]] = {
     "quick": {"train": 2000, "val": 300, "test": 154},
     "paper": {"train": 8000, "val": 800, "test": 154},
 }
 
-Progress = Callable[[int, int], None]
 _CHUNK = 25  # images a worker renders between two reports
 
 
 def sample_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of image `index` of `split`: a pure function of its three arguments."""
-    return draw(np.random.default_rng([seed, _split_number(split), index]))
+    return draw(np.random.default_rng([seed, split_number(split), index]))
 
 
 def render_split(
@@ -81,8 +74,8 @@ def render_split(
         RuntimeError: a worker process died.
     """
     if size not in SIZES:
-        raise ValueError(_unknown("size", size, SIZES))
-    _split_number(split)
+        raise ValueError(unknown("size", size, SIZES))
+    split_number(split)
     if image_size < 16:
         raise ValueError(f"image_size must be at least 16 pixels, got {image_size}")
     if seed < 0:
@@ -94,8 +87,8 @@ def render_split(
     total = SIZES[size][split] if limit is None else min(limit, SIZES[size][split])
     starts = range(0, total, _CHUNK)
     jobs = [(seed, split, start, min(start + _CHUNK, total), image_size) for start in starts]
-    workers = min(workers or _cores(), len(jobs))
-    chunks = _render_here(jobs, total, progress) if workers == 1 else _render_apart(jobs, total, workers, progress)
+    counts = [last - first for _, _, first, last, _ in jobs]
+    chunks = render_chunks(_render_chunk, jobs, counts, "aircraft", workers, progress)
     images, targets, extras = (
         np.concatenate([c.images for c in chunks]),
         np.concatenate([c.targets for c in chunks]),
@@ -155,40 +148,6 @@ def _extras(scenes: list[Scene], drawn: list[Rendered]) -> dict[str, npt.NDArray
     }
 
 
-def _render_here(jobs: list[_Job], total: int, progress: Progress | None) -> list[_Chunk]:
-    chunks = []
-    for job in jobs:
-        chunks.append(_render_chunk(job))
-        if progress is not None:
-            progress(job[3], total)
-    return chunks
-
-
-def _render_apart(jobs: list[_Job], total: int, workers: int, progress: Progress | None) -> list[_Chunk]:
-    # Spawned, not forked: the caller may hold CUDA or threads, which a fork would break.
-    context = multiprocessing.get_context("spawn")
-    done = 0
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures: dict[Future[_Chunk], int] = {pool.submit(_render_chunk, job): k for k, job in enumerate(jobs)}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                start, stop = jobs[futures[future]][2:4]
-                done += stop - start
-                if progress is not None:
-                    progress(done, total)
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that renders the aircraft died. Expected: enough memory, and a main module that can be "
-                "imported (in a script, work goes under `if __name__ == '__main__':`). Or render with workers=1."
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    ordered = sorted(futures, key=lambda f: futures[f])
-    return [f.result() for f in ordered]
-
-
 def _meta(split: str, size: str, seed: int, image_size: int) -> dict[str, Any]:
     return {
         "name": "aircraft",
@@ -206,21 +165,3 @@ def _meta(split: str, size: str, seed: int, image_size: int) -> dict[str, Any]:
         "light": "sun direction (3), sunlight RGB (3), ambient RGB (3), exposure; linear",
         "random": "default_rng([seed, split number, image number]), splits numbered train 0, val 1, test 2",
     }
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _split_number(split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(_unknown("split", split, SPLITS))
-    return SPLITS.index(split)
-
-
-def _unknown(what: str, name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r}, expected one of {', '.join(known)}{hint}"

@@ -24,8 +24,9 @@ import numpy as np
 from datasets import archive, images, layout
 from datasets.archive import Arrays
 from datasets.errors import CorruptData, MissingData
-from datasets.packs import SPLITS, Pack
+from datasets.packs import Pack
 from datasets.registry import Request
+from datasets.splits import SPLITS
 
 DEFAULT_SIZE = 64
 COLUMNS = ("file", "identity", "split")

@@ -18,8 +18,9 @@ import torch
 from datasets import archive, images, splits
 from datasets.archive import Arrays
 from datasets.errors import CorruptData, MissingData
-from datasets.packs import SPLITS, Pack
+from datasets.packs import Pack
 from datasets.registry import Request
+from datasets.splits import SPLITS
 
 DEFAULT_SIZE = 64
 SEED = 102

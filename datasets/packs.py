@@ -19,8 +19,8 @@ from datasets import archive, splits
 from datasets.augment import RandomCropFlip
 from datasets.batches import Batches, to_unit
 from datasets.errors import CorruptData
+from datasets.splits import SPLITS
 
-SPLITS = ("train", "val", "test")
 Split = Literal["train", "val", "test"]
 Task = Literal["classification", "keypoints"]
 

@@ -94,9 +94,9 @@ def _aircraft(request: Request) -> Pack:
 
 
 def _scenes(request: Request) -> Pack:
-    from datasets import scenes_packs
+    from datasets import rendered
 
-    return scenes_packs.load(request)
+    return rendered.load_scenes(request)
 
 
 _FILES = frozenset({"val_fraction", "download"})

@@ -8,13 +8,8 @@ edit (`datasets.semantic.SceneEdit`), which no generative model can give.
 
 from __future__ import annotations
 
-import difflib
-import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from datasets import scenes_faces, scenes_flowers
+from datasets.rendering import Progress, render_chunks, split_number, unknown
 
 VERSION = 1
 """Goes up whenever a change to a renderer or to the sampling changes images; part of the meta data."""
 
-SPLITS: tuple[str, ...] = ("train", "val", "test")
 SIZE_RANGE = (16, 512)
 _CHUNK = 20  # images a worker renders between two reports
 
 Scene = scenes_flowers.Flower | scenes_faces.Face
 Values = Mapping[str, npt.NDArray[Any]]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Family:
 
     def sample(self, seed: int, split: str, index: int, classes: int) -> Scene:
         """The scene of image `index` of `split`: a pure function of its arguments."""
-        return self.draw(np.random.default_rng([seed, _split_number(split), index]), index % classes)
+        return self.draw(np.random.default_rng([seed, split_number(split), index]), index % classes)
 
     def edit(self, scene: Scene, size: int, values: Values) -> npt.NDArray[np.uint8]:
         """The scene again, uint8 (B, size, size, 3), with attributes set to `values` (B,) and all else as it was.
@@ -75,7 +69,7 @@ class Family:
     def check_attribute(self, name: str) -> None:
         """Raise ValueError naming close matches unless `name` is an attribute of this family."""
         if name not in self.attributes:
-            raise ValueError(_unknown(f"attribute of {self.name}", name, self.attributes))
+            raise ValueError(unknown(f"attribute of {self.name}", name, self.attributes))
 
 
 FAMILIES: dict[str, Family] = {
@@ -107,7 +101,7 @@ FAMILIES: dict[str, Family] = {
 def family(name: str) -> Family:
     """The family called `name`. Raises ValueError naming close matches."""
     if name not in FAMILIES:
-        raise ValueError(_unknown("family of scenes", name, FAMILIES))
+        raise ValueError(unknown("family of scenes", name, FAMILIES))
     return FAMILIES[name]
 
 
@@ -146,9 +140,9 @@ def render_split(
         RuntimeError: a worker process died.
     """
     what = family(kind)
-    _split_number(split)
+    split_number(split)
     if variant not in what.counts:
-        raise ValueError(_unknown("variant", variant, what.counts))
+        raise ValueError(unknown("variant", variant, what.counts))
     if not SIZE_RANGE[0] <= image_size <= SIZE_RANGE[1]:
         raise ValueError(f"image_size must be {SIZE_RANGE[0]} to {SIZE_RANGE[1]} pixels, got {image_size}")
     for name, number, least in (
@@ -163,8 +157,8 @@ def render_split(
     classes = classes or known
     total = counts[split] if limit is None else min(limit, counts[split])
     jobs = [(kind, split, i, min(i + _CHUNK, total), image_size, seed, classes) for i in range(0, total, _CHUNK)]
-    workers = min(workers or _cores(), len(jobs))
-    images = np.concatenate(_here(jobs, total, progress) if workers == 1 else _apart(jobs, total, workers, progress))
+    sizes = [job[3] - job[2] for job in jobs]
+    images = np.concatenate(render_chunks(_render_chunk, jobs, sizes, "scenes", workers, progress))
     shown = [what.sample(seed, split, i, classes) for i in range(total)]
     return {
         "images": images,
@@ -208,50 +202,3 @@ def _render_chunk(job: _Job) -> npt.NDArray[np.uint8]:
     what = family(kind)
     drawn = [what.render(what.sample(seed, split, i, classes), image_size, None)[0] for i in range(first, last)]
     return np.stack(drawn)
-
-
-def _here(jobs: list[_Job], total: int, progress: Progress | None) -> list[npt.NDArray[np.uint8]]:
-    chunks = []
-    for job in jobs:
-        chunks.append(_render_chunk(job))
-        if progress is not None:
-            progress(job[3], total)
-    return chunks
-
-
-def _apart(jobs: list[_Job], total: int, workers: int, progress: Progress | None) -> list[npt.NDArray[np.uint8]]:
-    # Spawned, not forked: the caller may hold CUDA or threads, which a fork would break.
-    done = 0
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures: dict[Future[npt.NDArray[np.uint8]], _Job] = {pool.submit(_render_chunk, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                done += len(future.result())
-                if progress is not None:
-                    progress(done, total)
-        except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a process that renders the scenes died. Expected: enough memory, and a main module that can be "
-                "imported (in a script, work goes under `if __name__ == '__main__':`). Or render with workers=1."
-            ) from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [f.result() for f in futures]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _split_number(split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(_unknown("split", split, SPLITS))
-    return SPLITS.index(split)
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"unknown {what} {name!r}, expected one of {', '.join(known)}{hint}"

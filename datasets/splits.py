@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Indices = npt.NDArray[np.int64]
 
+SPLITS: tuple[str, ...] = ("train", "val", "test")
 VAL_FRACTION = 0.1
 VAL_SEED = 0
 

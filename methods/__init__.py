@@ -6,9 +6,10 @@ re-iterable of (x, y) batches. This module lists them without importing torch.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import Any
+
+from methods.errors import unknown
 
 # Name -> (class, configuration, one line). The package is methods.<name>.
 _METHODS: dict[str, tuple[str, str, str]] = {
@@ -62,9 +63,7 @@ def get(name: str) -> tuple[Any, Any]:
     if name in _OUTSIDE:
         return _OUTSIDE[name][:2]
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, names(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names())}"
-        raise KeyError(f"unknown method {name!r}; {hint}")
+        raise KeyError(unknown("method", name, names()))
     method, config, _ = _METHODS[name]
     package = importlib.import_module(f"methods.{name}")
     return getattr(package, method), getattr(package, config)

@@ -93,7 +93,9 @@ def _accept(arguments: argparse.Namespace) -> int:
     others = {k: v for k, v in semantic.Criteria(attribute="").others.items() if k != arguments.attribute}
     criteria = semantic.Criteria(arguments.attribute, arguments.change, others=others)
     model = semantic.load(arguments.model, device=arguments.device)
-    report = semantic.accept(model, _load(arguments, "val"), criteria)
+    pack = _load(arguments, "val")
+    print("\njudging the edits: minutes on a CPU, more of them than training takes", file=sys.stderr)
+    report = semantic.accept(model, pack, criteria)
     model.save(arguments.model)
     print(json.dumps(asdict(report), indent=1))
     return 0

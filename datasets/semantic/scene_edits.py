@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import scenes, scenes_packs
+from datasets import rendered, scenes
 from datasets.packs import Pack
 from datasets.semantic.transform import plain, quantise
 
@@ -59,7 +59,7 @@ class SceneEdit:
                 "name": self.name,
                 "span": self.span,
                 "data": {"name": self.pack.name, "split": self._split, "seed": self._seed, "classes": self._classes},
-                "renderer": scenes_packs.code(),
+                "renderer": rendered.scenes_code(),
                 "delta_1": f"{self.attribute} raised by {self.span:g} of its range",
             }
         )

@@ -11,12 +11,12 @@ The paper does not print the weights of its loss: `GRID` holds those to try, `CA
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal, get_args
 
 from methods.car.config import CARConfig, Transform
 from methods.car.method import CAR
 from methods.dense import Dense, DenseConfig
+from methods.errors import unknown
 from methods.hydra import HYDRA, HYDRAConfig, SearchConfig
 from methods.magnitude import Magnitude, MagnitudeConfig
 from methods.training.config import TrainingConfig
@@ -130,8 +130,5 @@ def changes(variant: Variant) -> dict[str, Any]:
 
 
 def _known(name: str, names: Any, what: str) -> None:
-    choices = get_args(names)
-    if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(choices)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
+    if name not in get_args(names):
+        raise ValueError(unknown(what, name, get_args(names)))

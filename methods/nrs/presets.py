@@ -16,10 +16,10 @@ training, ``rewind="finetune-frozen"`` its fine-tuning. Both flavours select epo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, Literal, get_args
 
 from methods.dense import Dense, DenseConfig
+from methods.errors import unknown
 from methods.hydra import HYDRA, HYDRAConfig
 from methods.hydra.config import SearchConfig
 from methods.imp import IMP, IMPConfig
@@ -206,8 +206,5 @@ def _penalty(name: str, kind: Kind, released: bool) -> RSLoss | NRSLoss:
 
 
 def _known(name: str, names: Any, what: str) -> None:
-    choices = get_args(names)
-    if name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(choices)}"
-        raise ValueError(f"unknown {what} {name!r}; {hint}")
+    if name not in get_args(names):
+        raise ValueError(unknown(what, name, get_args(names)))

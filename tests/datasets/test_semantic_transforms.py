@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import certify
 import datasets
-from datasets import scenes_packs, semantic
+from datasets import rendered, semantic
 from datasets.registry import Request
 from datasets.semantic import measures
 from datasets.semantic.transform import quantise
@@ -29,7 +29,7 @@ def flowers(tmp_path: Path, limit: int = 4, name: str = "scenes_flowers") -> dat
     request = Request(
         name, "test", tmp_path, tmp_path, variant="quick", image_size=16, workers=1, limit=limit, title=name
     )
-    return scenes_packs.load(request)
+    return rendered.load_scenes(request)
 
 
 @dataclass(frozen=True)
