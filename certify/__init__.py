@@ -5,9 +5,10 @@
 """
 
 from certify.bounds import Network, UnsupportedOperation, bounds
-from certify.curves import Curve, Hue, Path, Rotation
+from certify.curves import Curve, Hue, Path
 from certify.deviation import Deviations, deviation
 from certify.dispatch import verify
+from certify.geometric import Rotation, Scale
 from certify.perturbations import (
     L2,
     AffineFamily,
@@ -59,6 +60,7 @@ __all__ = [
     "Perturbation",
     "Rotation",
     "Saturation",
+    "Scale",
     "Share",
     "Spec",
     "Status",

@@ -1,4 +1,4 @@
-"""One-parameter perturbations whose images follow a curve rather than a line: hue, user-given paths, rotation.
+"""One-parameter perturbations whose images follow a curve rather than a line: hue, and user-given paths.
 
 Each image is a continuous function of ``t``. `Path.enclose` puts it, over any interval of t, inside a line with a
 radius around it, which shrinks to nothing with the interval; that is all a verifier needs. Where the image is
@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from certify.perturbations import Perturbation, Radius, _check_radius, _clip, _symmetric, _uniform
@@ -211,122 +209,3 @@ class Curve(Path):
                 share = share[torch.isfinite(share) & (share > 0) & (share < 1)]
                 found.append(self.knots[k].to(x) + share * (self.knots[k + 1] - self.knots[k]).to(x))
         return torch.cat(found)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rotation(Path):
-    """The image turns about its centre by ``t`` degrees, |t| <= eps <= 180, bilinear, with zeros outside.
-
-    Equal to `torch.nn.functional.grid_sample` with ``align_corners=True`` on a rotated grid. Over an interval of angles
-    a pixel lies within a chord and a remainder ``(largest - smallest derivative) * width / 4``, from bounds of the
-    derivative in every cell the sampling point can visit; that covers the curvature inside cells and the bends at
-    their borders.
-    """
-
-    eps: Radius
-    clip: bool = True
-    name: ClassVar[str] = "rotation"
-
-    def __post_init__(self) -> None:
-        _check_radius(self.eps)
-        if float(torch.as_tensor(self.eps).max()) > 180:
-            raise ValueError(f"a rotation radius is in degrees, at most 180; got {self.eps}")
-
-    def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim != 4:
-            raise ValueError(f"Rotation needs images (N, C, H, W), got {tuple(x.shape)}")
-        return _symmetric(self.eps, x)
-
-    @staticmethod
-    def _grid(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixel coordinates relative to the centre: columns (1, W) and rows (H, 1)."""
-        height, width = x.shape[2:]
-        columns = torch.arange(width, dtype=x.dtype, device=x.device) - (width - 1) / 2
-        rows = torch.arange(height, dtype=x.dtype, device=x.device) - (height - 1) / 2
-        return columns.reshape(1, -1), rows.reshape(-1, 1)
-
-    def _source(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Where output pixels are read, in columns and rows of the image padded by one zero: (B, H, W) each."""
-        columns, rows = self._grid(x)
-        angle = torch.deg2rad(t).reshape(-1, 1, 1)
-        u = columns * angle.cos() - rows * angle.sin() + (x.shape[3] + 1) / 2
-        v = columns * angle.sin() + rows * angle.cos() + (x.shape[2] + 1) / 2
-        return u, v
-
-    @staticmethod
-    def _corners(padded: Tensor, row: Tensor, column: Tensor) -> list[Tensor]:
-        """The four corners of cells (B, H, W): values (B, C, H, W) at (0, 0), (0, 1), (1, 0), (1, 1)."""
-        flat, wide = padded.flatten(2), padded.shape[3]
-        found = []
-        for i in (0, 1):
-            for j in (0, 1):
-                index = ((row + i) * wide + column + j).flatten(1).unsqueeze(1).expand(-1, padded.shape[1], -1)
-                found.append(flat.gather(2, index).reshape(len(padded), padded.shape[1], *row.shape[1:]))
-        return found
-
-    def trace(self, x: Tensor, t: Tensor, image: Tensor) -> Tensor:
-        padded = F.pad(x, (1, 1, 1, 1))
-        u, v = self._source(x, t)
-        u, v = u.clamp(0, x.shape[3] + 1), v.clamp(0, x.shape[2] + 1)
-        column, row = u.floor().clamp(max=x.shape[3]).long(), v.floor().clamp(max=x.shape[2]).long()
-        a, b, c, d = self._corners(padded, row, column)
-        du, dv = (u - column).unsqueeze(1), (v - row).unsqueeze(1)
-        return (1 - dv) * ((1 - du) * a + du * b) + dv * ((1 - du) * c + du * d)
-
-    def enclose(self, x: Tensor, lo: Tensor, hi: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        farthest = math.hypot(x.shape[2] - 1, x.shape[3] - 1) / 2
-        # Each part is short enough for a sampling point to stay within two by two cells.
-        longest = float(torch.deg2rad(hi - lo).max()) if len(lo) else 0.0
-        parts = max(1, math.ceil(longest * farthest / 0.9))
-        start, end = self.trace(x, lo, image), self.trace(x, hi, image)
-        least, most = torch.zeros_like(start), torch.zeros_like(start)
-        before = start
-        for part in range(parts):
-            a, b = lo + (hi - lo) * part / parts, lo + (hi - lo) * (part + 1) / parts
-            after = end if part == parts - 1 else self.trace(x, b, image)
-            remainder = self._remainder(x, a, b)
-            for at, value in ((part / parts, before), ((part + 1) / parts, after)):
-                departure = value - start - (end - start) * at
-                least, most = torch.minimum(least, departure - remainder), torch.maximum(most, departure + remainder)
-            before = after
-        return (start + end) / 2 + (least + most) / 2, (end - start) / 2, (most - least) / 2
-
-    def _remainder(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """How far pixels can leave the chord over angles [lo, hi], (B, C, H, W)."""
-        padded = F.pad(x, (1, 1, 1, 1))
-        height, width = x.shape[2:]
-        columns, rows = self._grid(x)
-        middle, half = torch.deg2rad((lo + hi) / 2).reshape(-1, 1, 1), torch.deg2rad((hi - lo) / 2).reshape(-1, 1, 1)
-        reach = torch.sqrt(columns**2 + rows**2) * half
-        u, v = self._source(x, (lo + hi) / 2)
-        # du/dt = -(v - centre), dv/dt = u - centre, in radians; both move by at most `reach` over the interval.
-        du = (-(columns * middle.sin() + rows * middle.cos()), reach)
-        dv = (columns * middle.cos() - rows * middle.sin(), reach)
-        ends_u = ((u - reach).clamp(0, width + 1), (u + reach).clamp(0, width + 1))
-        ends_v = ((v - reach).clamp(0, height + 1), (v + reach).clamp(0, height + 1))
-        outside = (u - reach < 0) | (u + reach > width + 1) | (v - reach < 0) | (v + reach > height + 1)
-        column = [e.floor().clamp(max=width).long() for e in ends_u]
-        row = [e.floor().clamp(max=height).long() for e in ends_v]
-        least = torch.full((len(x), x.shape[1], height, width), torch.inf, dtype=x.dtype, device=x.device)
-        most = -least
-        for r in row:
-            for c in column:
-                a, b, e, f = self._corners(padded, r, c)
-                share_u = [(s - c).clamp(0, 1).unsqueeze(1) for s in ends_u]
-                share_v = [(s - r).clamp(0, 1).unsqueeze(1) for s in ends_v]
-                along_u = [(b - a) * (1 - s) + (f - e) * s for s in share_v]
-                along_v = [(e - a) * (1 - s) + (f - b) * s for s in share_u]
-                low, high = _interval_product(along_u, du)
-                low_v, high_v = _interval_product(along_v, dv)
-                least, most = torch.minimum(least, low + low_v), torch.maximum(most, high + high_v)
-        # Beyond the border the image is constant zero.
-        least = torch.where(outside.unsqueeze(1), least.clamp(max=0), least)
-        most = torch.where(outside.unsqueeze(1), most.clamp(min=0), most)
-        return (most - least) * (2 * half).unsqueeze(1) / 4
-
-
-def _interval_product(ends: list[Tensor], speed: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The range of ``g w`` for g between the two `ends` (B, C, H, W) and w within ``speed = (middle, reach)``."""
-    middle, reach = speed
-    products = torch.stack([g * w.unsqueeze(1) for g in ends for w in (middle - reach, middle + reach)])
-    return products.amin(0), products.amax(0)

@@ -342,6 +342,7 @@ SETS: dict[str, Callable[[Tensor, Tensor, random.Random], Perturbation]] = {
     "saturation": lambda x, r, rng: certify.Saturation(r),
     "hue": lambda x, r, rng: certify.Hue((0.5 * r).clamp(max=0.5)),
     "rotation": lambda x, r, rng: certify.Rotation((30 * r).clamp(max=180)),
+    "scale": lambda x, r, rng: certify.Scale(r.clamp(max=0.9)),
     "curve": lambda x, r, rng: _stops(x),
 }
 
@@ -433,7 +434,7 @@ def verifiers(problem: Problem) -> list[str]:
     chosen = ["auto", *(m for m in BOUNDS if m != "forward" or not isinstance(p, Path))]
     graph = certify.Network(problem.net, problem.x).graph
     if isinstance(p, AffineFamily | Path):
-        pieces = p.parameters == 1 and not isinstance(p, certify.Rotation) and listable(graph)
+        pieces = p.parameters == 1 and not isinstance(p, certify.Rotation | certify.Scale) and listable(graph)
         chosen += [m for m in LINE if m != "line-enumerate" or pieces]
     if not isinstance(p, Path):
         smooth = any(isinstance(m, nn.Sigmoid | nn.Tanh | nn.Softmax | Keypoints) for m in problem.net.modules())

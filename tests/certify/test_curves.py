@@ -34,6 +34,8 @@ PATHS = {
     "curve": curve(),
     "rotation": certify.Rotation(5.0),
     "wide rotation": certify.Rotation(120.0),
+    "scale": certify.Scale(0.1),
+    "wide scale": certify.Scale(0.7),
 }
 
 
@@ -74,6 +76,17 @@ def test_rotation_is_that_of_grid_sample():
     torch.testing.assert_close(quarter, torch.rot90(x, 1, (2, 3)))
 
 
+def test_scaling_is_that_of_grid_sample():
+    x = photo(size=9)
+    for t in (-0.6, -0.1, 0.0, 0.03, 0.8):
+        got = certify.Scale(0.9).apply(x, torch.full((2,), t, dtype=F64))
+        theta = torch.tensor([[1 / (1 + t), 0, 0], [0, 1 / (1 + t), 0]], dtype=F64).expand(2, -1, -1)
+        grid = F.affine_grid(theta, [2, 3, 9, 9], align_corners=True)
+        torch.testing.assert_close(got, F.grid_sample(x, grid, align_corners=True), atol=1e-9, rtol=0)
+    larger = certify.Scale(0.5).apply(x[..., 4:5, 4:5].expand(-1, -1, 9, 9), torch.full((2,), 0.5, dtype=F64))
+    torch.testing.assert_close(larger, x[..., 4:5, 4:5].expand(-1, -1, 9, 9))  # a flat image stays flat as it grows
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_enclosures_contain_the_path(name):
     p, x = PATHS[name], photo()
@@ -103,11 +116,14 @@ def test_the_hull_contains_samples_and_the_clip(name):
     assert torch.equal(samples, p.sample(x, 200, torch.Generator().manual_seed(0)))
 
 
-def test_the_remainder_of_a_rotation_falls_with_the_square_of_the_width_inside_cells():
+@pytest.mark.parametrize(
+    ("p", "start", "widths"), [(certify.Rotation(20.0), 10.0, (0.1, 0.01)), (certify.Scale(0.5), 0.1, (2e-3, 2e-4))]
+)
+def test_remainders_fall_with_the_square_of_the_width_inside_cells(p, start, widths):
     x = photo(1, 9)
     image = torch.zeros(1, dtype=torch.int64)
-    start = torch.tensor([10.0], dtype=F64)
-    radii = [certify.Rotation(20.0).enclose(x, start, start + w, image)[2].median().item() for w in (0.1, 0.01)]
+    at = torch.tensor([start], dtype=F64)
+    radii = [p.enclose(x, at, at + w, image)[2].median().item() for w in widths]
     assert 0 < radii[1] < radii[0] / 50
 
 
@@ -133,6 +149,10 @@ def test_bad_input_is_explained():
         certify.Hue(0.6)
     with pytest.raises(ValueError, match="RGB"):
         certify.Hue(0.1).apply(x[:, :1], torch.zeros(2))
+    with pytest.raises(ValueError, match="below 1"):
+        certify.Scale(torch.tensor([0.1, 1.0]))
+    with pytest.raises(ValueError, match="Scale needs images"):
+        certify.Scale(0.1).limits(x[0])
     with pytest.raises(ValueError, match="180"):
         certify.Rotation(200.0)
     with pytest.raises(ValueError, match="increasing"):

@@ -61,6 +61,7 @@ PERTURBATIONS = {
     "hue": certify.Hue(0.1),
     "curve": certify.Curve(torch.tensor([-1.0, 0.2, 1.0]), FRAMES),
     "rotation": certify.Rotation(3.0),
+    "scale": certify.Scale(0.05),
     "both": certify.BrightnessContrast(0.02, 0.05),
 }  # fmt: skip
 
@@ -352,7 +353,7 @@ def random_case(seed):
     size = choose(0.003, 0.03, 0.2)
     p = choose(
         certify.Brightness(size), certify.Contrast(size, about=choose("zero", "mean", "half")), certify.BlurMix(size),
-        certify.Saturation(size), certify.Hue(size), certify.Rotation(20 * size),
+        certify.Saturation(size), certify.Hue(size), certify.Rotation(20 * size), certify.Scale(size),
         certify.BrightnessContrast(size / 4, size / 4),
     )  # fmt: skip
     return net, x, p

@@ -158,6 +158,7 @@ PERTURBATIONS: dict[str, Callable[[Tensor, int, float], Perturbation]] = {
     "saturation": lambda x, seed, size: certify.Saturation(_radii(len(x), seed, size)),
     "hue": lambda x, seed, size: certify.Hue(_radii(len(x), seed, min(0.5, 0.5 * size))),
     "rotation": lambda x, seed, size: certify.Rotation(_radii(len(x), seed, min(180.0, 30 * size))),
+    "scale": lambda x, seed, size: certify.Scale(_radii(len(x), seed, min(0.9, size))),
     "curve": lambda x, seed, size: _curve(x, seed),
 }  # fmt: skip
 
@@ -206,7 +207,7 @@ def applies(method: str, kind: str, p: Perturbation) -> bool:
     if method in LINE:
         if not isinstance(p, AffineFamily | Path):
             return False
-        straight = p.parameters == 1 and not isinstance(p, certify.Rotation) and kind != "smooth"
+        straight = p.parameters == 1 and not isinstance(p, certify.Rotation | certify.Scale) and kind != "smooth"
         return method != "line-enumerate" or straight
     if method in SEARCH:
         return not isinstance(p, Path) and not (method == "milp" and (kind not in KINKED or isinstance(p, certify.L2)))
