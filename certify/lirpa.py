@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 
 from certify.perturbations import L2, AffineFamily, Box, Linf, Perturbation
 
-METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized")
+FIXED = "CROWN-Optimized-Fixed"
+METHODS = ("IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized", FIXED)
 
 INSTALL = (
     "this needs auto-LiRPA, which is not installed; run `uv sync --group lirpa`, or `pip install --no-deps "
@@ -57,9 +58,10 @@ def bounds(
         x: images (N, *input), dtype and device of the model.
         p: `Linf`, `Box`, `L2` (the whole ball: its clip to [0, 1] is not used, which is sound and looser), or an affine
             family, bounded over its box of parameters.
-        method: "IBP", "CROWN-IBP", "CROWN" or "CROWN-Optimized" (alpha-CROWN).
+        method: "IBP", "CROWN-IBP", "CROWN", "CROWN-Optimized" (alpha-CROWN, which optimises the intervals inside the
+            network anew in every step) or "CROWN-Optimized-Fixed" (alpha-CROWN on CROWN's intervals).
         C: (N, rows, outputs) or (rows, outputs) linear functions of the output; None means the outputs themselves.
-        iterations: optimisation steps of "CROWN-Optimized".
+        iterations: optimisation steps of alpha-CROWN.
         batch_size: images at a time; default all of them for "IBP", one for the others. Affine families go one by one.
 
     Returns:
@@ -142,13 +144,18 @@ def _compute(
         options = {
             "conv_mode": mode,
             "sparse_features_alpha": False,
-            "optimize_bound_args": {"iteration": iterations, "lr_alpha": 0.1},
+            "optimize_bound_args": {"iteration": iterations, "lr_alpha": 0.1, "init_alpha": method != FIXED},
         }
         try:
-            with _quiet(), _default_dtype(point.dtype), torch.set_grad_enabled(method == "CROWN-Optimized"):
+            with _quiet(), _default_dtype(point.dtype), torch.set_grad_enabled(method.startswith("CROWN-Optimized")):
                 bounded = library.BoundedModule(wide, point, bound_opts=options, device=point.device)
                 parsed = bounded(entry)
-                lo, hi = bounded.compute_bounds(x=(entry,), method=method, C=C)
+                inside = None
+                if method == FIXED:
+                    # Slopes start from a CROWN pass, whose intervals are handed to every step after it.
+                    _, _, inside = bounded.init_slope((entry,), c=C)
+                asked = "CROWN-Optimized" if method == FIXED else method
+                lo, hi = bounded.compute_bounds(x=(entry,), method=asked, C=C, intermediate_layer_bounds=inside)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # what the library lacks, it says in many ways

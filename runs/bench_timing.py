@@ -5,21 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-
-class OutOfTime(BaseException):
-    """A measurement ran into its limit; not an `Exception`, so that no library takes it for a failure of its own."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +82,6 @@ class Clock:
             for function, found in zip((first, second), times):
                 found.append(self.once(function))
         return Spread.of(times[0]), Spread.of(times[1])
-
-
-@contextlib.contextmanager
-def limit(seconds: float) -> Iterator[None]:
-    """Raise `OutOfTime` in the block after `seconds`; no effect outside the main thread or where no alarm exists."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def settle_memory() -> None:

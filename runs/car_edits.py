@@ -6,6 +6,7 @@ Its law is the same in training and in certificates: delta uniform on [0, 1], in
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from torch import Tensor
 from certify.perturbations import Perturbation
 from methods.car import PairedBatches
 from runs import measure
-from runs.cell import SEMANTIC, Data, Perturb
+from runs.cell import SEMANTIC, Perturb
 from runs.packages import ours
 
 GENERATORS = "generators"
 """Folder under the data directory: a DiffAE for each data set, saved under the data set's name."""
 
-_SYMMETRIC = ("brightness", "contrast", "hue", "saturation", "rotation")
+_SYMMETRIC = ("brightness", "contrast", "hue", "saturation", "rotation", "scale")
 _STORED = ("rendered", "diffae")
 WARMTH, BLUR = 1.4, 1.5
 
@@ -93,8 +94,7 @@ def transform(named: Perturb, pack: Any, root: Path | None, device: torch.device
     if named.kind == "diffae":
         if named.magnitude != 1.0:
             raise ValueError(f"diffae:{named.magnitude:g}: the generator's edit has a size of its own; use diffae:1")
-        path = generator_path(pack.name, root)
-        made = semantic.DiffAEEdit(semantic.load(path, device=device))
+        made = _generated(pack, root, device)
     elif named.kind == "blur":
         made = semantic.Blur(BLUR * named.magnitude)
     elif named.kind == "warmth" and "family" not in pack.meta:
@@ -105,17 +105,50 @@ def transform(named: Perturb, pack: Any, root: Path | None, device: torch.device
     return made
 
 
-def generator_path(name: str, root: Path | None) -> Path:
-    """Where the generator of a data set lies. Raises FileNotFoundError, with the command that makes one."""
+def generator_path(name: str, side: int, root: Path | None) -> Path:
+    """Where the generator for a data set at ``side`` pixels lies: ``generators/<data set>-<side>``, or without side.
+
+    Raises:
+        FileNotFoundError: there is neither; the message has the command that makes one.
+    """
     library = ours("datasets")
     folder: Path = library.data_folder(root, library.cache_folder(None)) / GENERATORS
     path = folder / name.replace(":", "-")
-    if not any(folder.glob(f"{path.name}*")):
-        raise FileNotFoundError(
-            f"{path}: no generator for {name}; train and accept one with "
-            f"python -m datasets.semantic train --data {name} --model {path}"
+    for found in (path.with_name(f"{path.name}-{side}"), path):
+        if found.with_name(f"{found.name}.json").is_file() or found.is_dir():
+            return found
+    raise FileNotFoundError(
+        f"{path}: no generator for {name}; train and accept one with {_command('train', name, side, path, root)}"
+    )
+
+
+def _generated(pack: Any, root: Path | None, device: torch.device) -> Edit:
+    """The edit of the data set's accepted generator. Raises as `transform`, saying what to run."""
+    semantic = _semantic()
+    path = generator_path(pack.name, pack.image_size, root)
+    generator = semantic.load(path, device=device)
+    if (side := generator.config.image_size) != pack.image_size:
+        own = path.with_name(f"{path.name.removesuffix(f'-{pack.image_size}')}-{pack.image_size}")
+        raise ValueError(
+            f"{path}: the generator makes images of {side} px, {pack.name} has {pack.image_size}; train one with "
+            + _command("train", pack.name, pack.image_size, own, root)
         )
-    return path
+    try:
+        edit: Edit = semantic.DiffAEEdit(generator)
+    except semantic.NotAccepted as error:
+        again = _command("accept", pack.name, pack.image_size, path, root)
+        raise semantic.NotAccepted(f"{path}: {error}; run {again}") from error
+    return edit
+
+
+def _command(verb: str, name: str, side: int, path: Path, root: Path | None) -> str:
+    """The command that trains or accepts a generator."""
+    source = ours("datasets").SOURCES.get(name.partition(":")[0])
+    sized = source is not None and "image_size" in source.options
+    words = ["python", "-m", "datasets.semantic", verb, "--data", name, "--model", str(path)]
+    words += ["--image-size", str(side)] if sized else []
+    words += ["--data-dir", str(root)] if root is not None else []
+    return shlex.join(words)
 
 
 def draws(edit: Edit, indices: Sequence[int], split: str, *, stored: bool = True) -> Any:
@@ -129,13 +162,6 @@ def draws(edit: Edit, indices: Sequence[int], split: str, *, stored: bool = True
     if stored and edit.describe()["kind"] in _STORED:
         store = semantic.EditStore(_edits_folder(), edit, split=split)
     return semantic.Draws(edit, indices=indices, store=store)
-
-
-def split_settings(data: Data) -> tuple[dict[str, Any], Perturb | None, int]:
-    """What a data set's loader is told, what training images are edited by, and how many edits there are."""
-    options: dict[str, Any] = dict(data.settings)
-    named, count = options.pop("edits", None), options.pop("edited", 0)
-    return options, None if named is None else Perturb.parse(str(named)), int(count)
 
 
 def augmented(pack: Any, named: Perturb, count: int, root: Path | None) -> Any:

@@ -62,6 +62,11 @@ class Line:
         """Seeds in which the network gives every image the same label."""
         return sum(bool(entry.record["training"].get("collapsed")) for entry in self.entries)
 
+    @property
+    def density(self) -> float:
+        """Mean over seeds of the weights left that may be pruned, in per cent."""
+        return statistics.fmean(100 * entry.record["mask"]["density"] for entry in self.entries)
+
     def share(self, bits: Bits) -> float:
         """Mean over seeds of the share of ones."""
         return statistics.fmean(bits(entry).count("1") / len(bits(entry)) for entry in self.entries)
@@ -114,9 +119,9 @@ def studies(records: Iterable[Record]) -> list[Study]:
             continue
         cell = from_dict(record["cell"])
         whole = cell.to_dict()
-        own = {name: value for name, value in whole["data"]["settings"].items() if name not in ("edits", "edited")}
         for result in record["results"]:
-            same = [whole["data"] | {"settings": own}, whole["verifier"], result["label"], result["images"]]
+            data = whole["data"] | {"settings": cell.data.options}
+            same = [data, whole["verifier"], result["label"], result["images"]]
             same.append(record["data"]["fingerprints"]["test"])
             groups.setdefault(digest({"same": same}), []).append(Entry(cell, record, result))
     return [_study(group) for group in groups.values()]
@@ -131,7 +136,7 @@ def _study(group: Sequence[Entry]) -> Study:
         assert row is not None  # applies
         # The same row with other lengths or losses is another line.
         whole = cell.to_dict()
-        key = (row, cell.pruning.ratio, car.edited(cell.data), cell.network.label,
+        key = (row, cell.pruning.ratio, cell.data.edited, cell.network.label,
                digest({"training": whole["training"], "settings": whole["pruning"]["settings"]}))  # fmt: skip
         lines.setdefault(key, []).append(entry)
     made = [

@@ -112,7 +112,10 @@ class Training:
 
 @dataclass(frozen=True)
 class Network:
-    """A name of the model zoo with its width factor and head."""
+    """A name of the model zoo with its width factor and head.
+
+    The setting ``pretrained=True`` starts it from published ImageNet weights (`runs.pretrained`).
+    """
 
     name: str
     width: float = 1.0
@@ -128,8 +131,9 @@ class Network:
 
     @property
     def label(self) -> str:
-        """``cnn7_cw``, with the width where it is not one: ``cnn7_cw ×0.25``."""
+        """``cnn7_cw``, with the width where it is not one: ``cnn7_cw ×0.25``; and ``resnet18 pretrained``."""
         text = self.name if self.width == 1.0 else f"{self.name} ×{self.width:g}"
+        text = f"{text} pretrained" if ("pretrained", True) in self.settings else text
         return text if self.head in (None, "linear", "keypoints") else f"{text} {self.head}"
 
 
@@ -162,8 +166,23 @@ class Data:
     def label(self) -> str:
         """The name, with the number of training images where it is capped, and that of edits where there are any."""
         text = self.name if self.limit is None else f"{self.name} ({self.limit:,} training images)"
-        count = dict(self.settings).get("edited", 0)
-        return f"{text} + {count:,} edits" if count else text
+        return f"{text} + {self.edited:,} edits" if self.edited else text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings that the data set's loader is given."""
+        return {name: value for name, value in self.settings if name not in ("edits", "edited")}
+
+    @property
+    def edited(self) -> int:
+        """How many edits of training images are trained on besides."""
+        return int(dict(self.settings).get("edited") or 0)
+
+    @property
+    def edits(self) -> Perturb | None:
+        """What makes those edits."""
+        named = dict(self.settings).get("edits")
+        return None if named is None else Perturb.parse(str(named))
 
 
 PERTURBATIONS: dict[str, str] = {
@@ -173,6 +192,7 @@ PERTURBATIONS: dict[str, str] = {
     "contrast": "(1 + t)·x for |t| up to the magnitude, clipped to [0, 1]",
     "joint": "(1 + c)·x + b for |b| up to the magnitude and |c| up to 2.55 times it (1/255 goes with 0.01), clipped",
     "rotation": "turned about the centre by up to the magnitude in degrees",
+    "scale": "larger or smaller about the centre by up to the magnitude (.1 is 10 %)",
     "hue": "hues turned by up to the magnitude (1 is the whole circle)",
     "saturation": "x + t·(x - grey) for |t| up to the magnitude, clipped to [0, 1]",
     "sun": "the sun of rendered flowers rises by up to the magnitude times half its range; by sampling only",

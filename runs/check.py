@@ -23,7 +23,7 @@ import certify
 import models
 from certify import lirpa
 from certify.perturbations import L2, AffineFamily, Box, Linf
-from runs import car_edits, car_sampling, checked, deviations, measure
+from runs import car_sampling, checked, deviations, measure
 from runs.cell import Cell, from_dict, recorded_by_state
 from runs.checked import Effort, Finding, OutOfTime
 from runs.packages import ours
@@ -248,8 +248,8 @@ class Checker:
         """The test images of a cell. Raises Unreadable where they are not those that were certified."""
         from runs.execute import test_images
 
-        options, _, _ = car_edits.split_settings(cell.data)
-        pack = ours("datasets").load(cell.data.name, self.data_dir, "test", limit=test_images(cell), **options)
+        data = cell.data
+        pack = ours("datasets").load(data.name, self.data_dir, "test", limit=test_images(cell), **data.options)
         wanted = record["data"]["fingerprints"]["test"]
         if pack.fingerprint != wanted:
             raise Unreadable(

@@ -19,11 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from runs import plugins, suites
+from runs import commands, plugins, suites
 from runs.cell import PERTURBATIONS, Perturb
+from runs.commands import FAILED, OK
 from runs.engine import Shard
 from runs.report import FORMATS
-from runs.store import Record, Store, StoreError
+from runs.store import Store, StoreError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from runs import progress
     from runs.cell import Cell
     from runs.execute import Execute
-    from runs.leaderboard import Table
 
 T = TypeVar("T")
 
@@ -53,10 +53,11 @@ COMMANDS = {
     "claims": "each claim of the papers, held against what is on record",
     "pack": "the records under --results as one file of JSON lines, --to",
 }
+ON_RECORDS = {"report": commands.report, "check": commands.check, "claims": commands.claims, "pack": commands.pack}
 """What can be asked for in place of a suite. Nothing is trained."""
 
 ENGINES = ("auto", "serial", "processes", "ray")
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+USAGE, INTERRUPTED = 2, 130
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--preset", default="quick", help="how much of the suite: " + ", ".join(suites.preset_names("arena"))
     )
     what.add_argument("--methods", nargs="+", metavar="NAME", help="only these pruning methods")
-    what.add_argument("--models", nargs="+", metavar="NAME", help="these networks instead of the preset's")
+    what.add_argument("--models", nargs="+", metavar="NAME[:WIDTH]", help="these networks instead of the preset's")
     what.add_argument("--datasets", nargs="+", metavar="NAME", help="these data sets instead of the preset's default")
     what.add_argument("--perturbations", nargs="+", metavar="KIND:SIZE", help="for instance linf:0.1 brightness:2/255")
     what.add_argument("--ratios", nargs="+", type=float, metavar="R", help="these fractions removed, in [0, 1)")
@@ -148,15 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bad = [name for name in args.export if name not in FORMATS]
         if bad:
             raise ValueError(f"unknown export format {bad[0]!r}; known: {', '.join(FORMATS)}")
-        if args.suite == "report":
-            return report_command(args, console)
-        if args.suite == "check":
-            return check_command(args, console)
-        if args.suite == "claims":
-            return claims_command(args, console)
-        if args.suite == "pack":
-            return pack_command(args, console)
-        return run_command(args, console)
+        return ON_RECORDS.get(args.suite, run)(args, console)
     except (ValueError, ImportError, ConnectionError, FileNotFoundError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
         return USAGE
@@ -214,12 +207,12 @@ def selection(args: argparse.Namespace) -> suites.Selection:
         ValueError: an unknown name (with close matches) or a number out of range.
     """
     from runs.packages import ours
-    from runs.suites.plan import check
+    from runs.suites.plan import check, named_width
 
     for name in args.methods or ():
         check("method", name, dict.fromkeys((*suites.variants(args.suite), *ours("methods").names())))
     for name in args.models or ():
-        check("model", name, ours("models").names())
+        check("model", named_width(name)[0], ours("models").names())
     for name in args.datasets or ():
         check("data set", name.split(":")[0], ours("datasets").names())
     if args.verifier is not None:
@@ -251,17 +244,16 @@ def _tuple(values: Sequence[T] | None) -> tuple[T, ...] | None:
     return tuple(dict.fromkeys(values)) if values else None
 
 
-def run_command(args: argparse.Namespace, console: Console) -> int:
+def run(args: argparse.Namespace, console: Console) -> int:
     """Plan, run, and print the leaderboard of a suite."""
-    from runs import progress
+    from runs import engine, progress
 
     whole = suites.plan(args.suite, args.preset, selection(args))
     plan, part = whole, ""
     if args.shard is not None:
         plan, part = own_part(whole, Shard.parse(args.shard)), f", shard {args.shard}"
     store = Store(args.results)
-    on_record = [cell for cell in plan.cells if (r := store.record(cell)) is not None and r["status"] == "done"]
-    done = [] if args.force else on_record
+    done = [] if args.force else [cell for cell in plan.cells if engine.finished(store.record(cell)) is not None]
     console.print(
         f"{args.suite}, preset {args.preset}{part}: {len(plan.cells)} cells, {len(done)} on record; "
         f"expected {_minutes(plan.seconds(done))} on {plan.preset.hardware}. Expect: {plan.preset.expectation}.",
@@ -279,7 +271,7 @@ def run_command(args: argparse.Namespace, console: Console) -> int:
             interrupted = True
     # A shard shows the whole plan as far as it is here, so that shards in one folder write the same files.
     records = [record for cell in whole.cells if (record := store.record(cell)) is not None]
-    status = show_records(records, args, console)
+    status = commands.show_records(records, args, console)
     if len(plan.cells) < len(whole.cells):
         console.print(f"{len(records)} of the plan's {len(whole.cells)} cells are on record here.", highlight=False)
     if interrupted:
@@ -293,7 +285,7 @@ def check_plan(plan: suites.Plan, done: set[Cell], args: argparse.Namespace) -> 
     """Refuse a plan whose data sets are not there, or with perturbations that no verifier accepts.
 
     A dry run trusts the preset's perturbations and looks at those of the command line alone, so that it stays quick. On
-    a cluster the data lies with the workers, and nothing is looked for here.
+    a cluster the data lies with the workers, and no file is looked for here.
 
     Raises:
         ValueError: what is missing or wrong, and what to do.
@@ -305,6 +297,8 @@ def check_plan(plan: suites.Plan, done: set[Cell], args: argparse.Namespace) -> 
         preflight.check_perturbations(perturbation for cell in left for perturbation in cell.perturbations)
     if args.address is None:
         preflight.check_data(left, args.data_dir)
+    else:
+        preflight.check_verifiers(left)
 
 
 def own_part(plan: suites.Plan, shard: Shard) -> suites.Plan:
@@ -370,134 +364,6 @@ def show_plan(plan: suites.Plan, done: set[object], console: Console) -> None:
         labels = ", ".join(p.label for p in cell.perturbations)
         grid.add_row(cell.key, cell.label, labels, f"{cost:.1f} s", "on record" if cell in done else "to run")
     console.print(grid)
-
-
-def on_record(args: argparse.Namespace, console: Console) -> tuple[list[Record], bool]:
-    """The records that --records or --results name, and whether all of them could be read.
-
-    Raises:
-        ValueError, FileNotFoundError, StoreError: packed records that are missing, damaged or contradict each other.
-    """
-    if args.records is not None:
-        from runs import records
-
-        packed = records.read_all(args.records)
-        for one in packed:
-            console.print(f"{one.path.name}: {one.about.line}.", highlight=False, markup=False, soft_wrap=True)
-        return records.merged(packed), True
-    scan = Store(args.results).scan()
-    for problem in scan.problems:
-        console.print(problem, style="red", markup=False, highlight=False)
-    return scan.records, not scan.problems
-
-
-def required(found: list[Record], args: argparse.Namespace) -> list[Record]:
-    """The records, of which there must be some.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not found:
-        raise ValueError(
-            f"no records under {args.results.resolve()}; run python -m runs.compare first, or give --results DIR, or "
-            "--records for those that come with this clone"
-        )
-    return found
-
-
-def report_command(args: argparse.Namespace, console: Console) -> int:
-    """Print the leaderboard of everything on record.
-
-    Raises:
-        ValueError: there is no record.
-    """
-    found, intact = on_record(args, console)
-    status = show_records(required(found, args), args, console)
-    return status if intact else FAILED
-
-
-def claims_command(args: argparse.Namespace, console: Console) -> int:
-    """Print what the records say of each claim; without any, what the papers' own numbers say."""
-    from runs import claims, nrs_records
-
-    found, intact = on_record(args, console)
-    answers = claims.evaluate(claims.CLAIMS, nrs_records.unfold(found))
-    claims.print_terminal(answers, console)
-    if args.export:
-        args.results.mkdir(parents=True, exist_ok=True)
-        for path in claims.export(answers, args.results):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    return OK if intact else FAILED
-
-
-def pack_command(args: argparse.Namespace, console: Console) -> int:
-    """Write the records under --results as one file.
-
-    Raises:
-        ValueError: no record, no --to, --records given, or unknown how the records came about.
-    """
-    from runs import records
-
-    if args.to is None or args.records is not None:
-        raise ValueError("pack reads --results DIR and writes --to FILE.jsonl")
-    found, intact = on_record(args, console)
-    packed = records.pack(required(found, args), args.to, args.made_by)
-    console.print(f"wrote {packed.path}: {packed.about.line}", highlight=False, markup=False, soft_wrap=True)
-    return OK if intact else FAILED
-
-
-def check_command(args: argparse.Namespace, console: Console) -> int:
-    """Attack every verdict under --results again; 1 when one breaks or could not be checked.
-
-    Raises:
-        ValueError: there is no finished record, or a number out of range.
-    """
-    from runs import check, checked
-    from runs.execute import resolve_device
-
-    if args.budget is not None and not args.budget > 0:
-        raise ValueError(f"--budget is a number of seconds > 0, got {args.budget}")
-    effort = checked.Effort(args.probes, args.cross)
-    scan = Store(args.results).scan()
-    for problem in scan.problems:
-        console.print(problem, style="red", markup=False, highlight=False)
-    records = checked.order(scan.records, args.results)[: args.limit]
-    if not records:
-        raise ValueError(f"no finished records under {args.results.resolve()}; run python -m runs.compare first")
-    checker = check.Checker(Store(args.results), resolve_device(args.device), args.data_dir, effort)
-    findings = check.run(checker, records, args.budget, console)
-    console.print(checked.summary(findings, len(records)), highlight=False)
-    bad = scan.problems or any(found.breaks or found.problems for found in findings)
-    return FAILED if bad else OK
-
-
-def show_records(records: Sequence[Record], args: argparse.Namespace, console: Console) -> int:
-    """Print and export the leaderboard; 1 when a cell failed."""
-    from runs import car_report, checked, engine, leaderboard, nrs_records, nrs_report, report, usn_report
-
-    tables: list[Table] = leaderboard.build(nrs_records.unfold(records))
-    report.print_terminal(tables, console)
-    if records and args.export:
-        args.results.mkdir(parents=True, exist_ok=True)
-        for path in report.export(tables, records, args.results, args.export, data_dir=args.data_dir):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    if (line := checked.footer(records, args.results)) is not None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    for shown in (usn_report.show, nrs_report.show, car_report.show):
-        for path in shown(records, args.results, args.export or (), console):
-            console.print(f"wrote {path}", highlight=False, markup=False, soft_wrap=True)
-    failures = engine.failed(records)
-    for record in failures:
-        error = record["error"]
-        console.print(
-            f"failed cell {args.results / record['key']}: {error['type']}: {error['message']}",
-            style="red", markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        if args.traceback:
-            console.print(error["traceback"], markup=False, highlight=False, soft_wrap=True)
-    if failures:
-        console.print("The full tracebacks are in record.json (or --traceback). The same command tries them again.")
-    return FAILED if failures else OK
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from runs import (
     nrs_records,
     nrs_states,
     nrs_warmup,
+    pretrained,
 )
 from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier, recorded_by_state
 from runs.packages import ours
@@ -90,15 +91,14 @@ class Library:
         key = (data, images)
         if key not in self.loaded:
             load = ours("datasets").load
-            options, edits, edited = car_edits.split_settings(data)
 
             def split(name: str, limit: int | None) -> Any:
-                return load(data.name, self.root, name, limit=limit, progress=tell, **options)
+                return load(data.name, self.root, name, limit=limit, progress=tell, **data.options)
 
             self.loaded.clear()  # one data set at a time in memory
             train = split("train", data.limit)
-            if edits is not None:
-                train = car_edits.augmented(train, edits, edited, self.root)
+            if data.edits is not None:
+                train = car_edits.augmented(train, data.edits, data.edited, self.root)
             self.loaded[key] = Packs(train, split("val", data.val_limit), split("test", images))
         return self.loaded[key]
 
@@ -249,6 +249,7 @@ class Execute:
         """Train unless this folder, or another cell's, holds exactly this network; returns the line that says so."""
         found = slot.trained()
         data = {name: fingerprints[name] for name in ("train", "val")}
+        data |= pretrained.stated(cell.network, self.library.root)
         if found is not None and found["fingerprints"] == data:
             return found
         slot.clear_examples()
@@ -264,15 +265,17 @@ class Execute:
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
     ) -> dict[str, Any]:
         by_state = recorded_by_state(cell.pruning)
+        given = pretrained.source(cell.network, self.library.root)
         network: nn.Module = models.create(
             cell.network.name,
             num_outputs=packs.train.num_outputs,
             in_channels=packs.train.in_channels,
             image_size=packs.train.image_size,
             width=cell.network.width,
+            pretrained=given,
             head=head(cell, packs.train.task),
-            mean=packs.train.mean,
-            std=packs.train.std,
+            mean=None if given else packs.train.mean,  # published weights expect images as they were trained on
+            std=None if given else packs.train.std,
             seed=cell.seed,
         )
         network = nrs_warmup.prepare(network, cell.training.objective, cell.seed).to(self.device)

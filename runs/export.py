@@ -198,12 +198,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _pack(cell: Cell, root: Path | None) -> Any:
-    from runs.car_edits import split_settings
     from runs.execute import test_images
     from runs.packages import ours
 
-    options, _, _ = split_settings(cell.data)
-    return ours("datasets").load(cell.data.name, root, "test", limit=test_images(cell), **options)
+    return ours("datasets").load(cell.data.name, root, "test", limit=test_images(cell), **cell.data.options)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ What the suites say differs; how it is shown does not.
 from __future__ import annotations
 
 import base64
+import csv
 import html
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import report
+from runs.report_style import STYLE
 from runs.store import write_atomic
 
 if TYPE_CHECKING:
@@ -80,13 +82,23 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows, all of the same names, as CSV with a heading; no rows are no text."""
+    buffer = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return buffer.getvalue()
+
+
 def as_html(page: Page, figures: Sequence[Figure]) -> str:
     """One page with every table and figure that needs nothing from elsewhere."""
     e = html.escape
     out = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width,initial-scale=1">',
-        f"<title>{e(page.title)}</title><style>{report.STYLE}</style></head><body><h1>{e(page.title)}</h1>",
+        f"<title>{e(page.title)}</title><style>{STYLE}</style></head><body><h1>{e(page.title)}</h1>",
     ]
     if page.note:
         out.append(f'<p class="sub">{e(page.note)}</p>')

@@ -161,6 +161,7 @@ def perturbation(kind: str, magnitude: float) -> Perturbation:
         "brightness": certify.Brightness,
         "contrast": certify.Contrast,
         "rotation": certify.Rotation,
+        "scale": certify.Scale,
         "hue": certify.Hue,
         "saturation": certify.Saturation,
     }

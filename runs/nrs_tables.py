@@ -5,15 +5,13 @@ Beside them: every state with all that is measured of it, what removing channels
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runs import paper
 from runs.cell import magnitude_text
-from runs.grids import CONSTANT, Grid
+from runs.grids import CONSTANT, Grid, csv_text
 from runs.nrs_lines import Line, Study, proved_by, share_of, verified
 from runs.statistics import clopper_pearson
 
@@ -530,10 +528,4 @@ def _flat(study: Study, line: Line, step: int, seed: int, state: Mapping[str, An
 
 def as_csv(found: Sequence[Study]) -> str:
     """:func:`flat` as CSV."""
-    rows = list(flat(found))
-    buffer = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_text(list(flat(found)))

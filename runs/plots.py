@@ -224,9 +224,14 @@ def parameters_against_verified(tables: Sequence[Table]) -> bytes:
     return _pareto(tables, lambda table: "parameters left (%)", place, lambda table: True, spread=0.7)
 
 
+def with_results(tables: Sequence[Table]) -> list[Table]:
+    """Those of the tables in which a row is finished."""
+    return [table for table in tables if any(not row.failed for row in table.rows)]
+
+
 def all_plots(tables: Sequence[Table]) -> list[tuple[str, bytes]]:
     """The plots of a report as (caption, SVG), or nothing when no row is finished."""
-    shown = [table for table in tables if any(not row.failed for row in table.rows)]
+    shown = with_results(tables)
     if not shown:
         return []
     return [

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import textwrap
 from collections.abc import Callable, Sequence
@@ -12,30 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runs import ranking
+from runs.grids import csv_text
 from runs.leaderboard import Row, Table, as_dicts
-from runs.report_style import STYLE
 from runs.statistics import MeanSd
 from runs.store import Record, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = [
-    "FORMATS",
-    "LEGEND",
-    "STYLE",
-    "Column",
-    "as_csv",
-    "as_json",
-    "caption",
-    "columns",
-    "export",
-    "markdown",
-    "notes",
-    "print_terminal",
-]
-
-FORMATS = ("md", "csv", "json", "html")
+FORMATS = ("md", "csv", "json", "html", "svg")
 
 
 @dataclass(frozen=True)
@@ -302,13 +285,7 @@ def markdown(tables: Sequence[Table]) -> str:
 
 def as_csv(tables: Sequence[Table]) -> str:
     """One line per row with full-precision values and every column."""
-    rows = as_dicts(tables)
-    buffer = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_text(as_dicts(tables))
 
 
 def as_json(tables: Sequence[Table], records: Sequence[Record]) -> str:
@@ -325,7 +302,7 @@ def export(
     *,
     data_dir: Path | None = None,
 ) -> list[Path]:
-    """Write ``leaderboard.<format>`` under ``folder`` for each format asked for.
+    """Write ``leaderboard.<format>`` under ``folder`` for each format asked for; "svg" is verified against sparsity.
 
     The page also shows what lies beside the records in ``folder`` (training curves, verdicts of single images), and the
     first test images where the data set can be had from ``data_dir`` (or $CERTPRUNE_DATA).
@@ -345,6 +322,12 @@ def export(
             text = as_csv(tables)
         elif name == "json":
             text = as_json(tables, records)
+        elif name == "svg":
+            from runs import plots
+
+            if not (finished := plots.with_results(tables)):
+                continue
+            text = plots.verified_against_sparsity(finished).decode()
         else:
             from runs import report_page
 

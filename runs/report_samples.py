@@ -74,9 +74,9 @@ class Packs:
     def _load(self, cell: Cell, fingerprint: str) -> Any:
         from runs.execute import test_images
 
-        options = {name: value for name, value in cell.data.settings if name not in ("edits", "edited")}
         try:
-            pack = ours("datasets").load(cell.data.name, self.data_dir, "test", limit=test_images(cell), **options)
+            data = cell.data
+            pack = ours("datasets").load(data.name, self.data_dir, "test", limit=test_images(cell), **data.options)
         except (OSError, ValueError, RuntimeError):
             return None
         return pack if pack.fingerprint == fingerprint else None

@@ -8,8 +8,6 @@ test images: seeds do not count as extra images.
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ from typing import Any
 
 from runs import deviations, paper
 from runs.cell import Cell, Perturb, digest, from_dict
-from runs.grids import CONSTANT, Grid
+from runs.grids import CONSTANT, Grid, csv_text
 from runs.statistics import clopper_pearson, holm, sign_test
 from runs.store import DONE, Record
 
@@ -390,10 +388,4 @@ def _flat(study: Study, line: Line, record: Record, result: Mapping[str, Any]) -
 
 def as_csv(found: Sequence[Study]) -> str:
     """:func:`flat` as CSV."""
-    rows = list(flat(found))
-    buffer = io.StringIO()
-    if rows:
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    return buffer.getvalue()
+    return csv_text(list(flat(found)))

@@ -10,14 +10,12 @@ Exit status: 0 for any verdict, 1 when a benchmark contradicts its known results
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +120,10 @@ def solve(
         FileNotFoundError, runs.onnx.ImportFailure, runs.vnnlib.SyntaxFailure: see `runs.onnx.load`, `runs.vnnlib.load`.
     """
     started = time.monotonic() if started is None else started
-    from runs import decide, onnx, vnnlib
+    from runs import alarm, decide, onnx, vnnlib
 
     try:
-        with _alarm(max(0.01, seconds + GRACE - (time.monotonic() - started))):
+        with alarm.limit(max(0.01, seconds + GRACE - (time.monotonic() - started))):
             network = onnx.load(model)
             problem = vnnlib.load(prop, network.input_shape, network.outputs)
             left = seconds - (time.monotonic() - started)
@@ -133,32 +131,9 @@ def solve(
                 runtime = onnx.Runtime(model, threads or 1)
                 answer = decide.decide(network, runtime, problem, seconds=left, device=device, seed=seed)
                 return dataclasses.replace(answer, seconds=time.monotonic() - started)
-    except _OutOfTimeError:
+    except alarm.OutOfTime:
         pass
     return decide.Answer("timeout", time.monotonic() - started)
-
-
-class _OutOfTimeError(BaseException):
-    """Not an Exception, so that no handler for ordinary failures on the way takes it for one."""
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `_OutOfTimeError` in the main thread after so many seconds (where the system has interval timers)."""
-
-    def ring(signum: int, frame: object) -> None:
-        raise _OutOfTimeError
-
-    if not hasattr(signal, "setitimer"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def show(answer: Answer) -> None:

@@ -32,16 +32,14 @@ class Sampled:
         return self.question.ask([replace(one, context=self._context(one)) for one in found if is_sampled(one)])
 
     def _context(self, one: Observation) -> str:
-        whole = from_dict(one.record["cell"]).to_dict()
+        cell = from_dict(one.record["cell"])
+        whole = cell.to_dict()
         same: dict[str, Any] = {name: whole[name] for name in ("network", "data", "verifier")}
         if self.edits_differ:
-            given = {
-                name: value for name, value in whole["data"]["settings"].items() if name not in ("edits", "edited")
-            }
             same |= {
                 "training": whole["training"],
                 "pruning": whole["pruning"],
-                "data": {**whole["data"], "settings": given},
+                "data": {**whole["data"], "settings": cell.data.options},
             }
         return digest(same | {"perturbation": one.perturbation, "images": one.result["images"]})
 
@@ -50,6 +48,6 @@ def edited(*counts: int) -> Pick:
     """Networks trained on so many edited images."""
 
     def pick(found: Observation) -> bool:
-        return car.edited(from_dict(found.record["cell"]).data) in counts
+        return from_dict(found.record["cell"]).data.edited in counts
 
     return pick

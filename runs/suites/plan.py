@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -130,8 +131,11 @@ def _narrow(block: Block, selection: Selection, siblings: Sequence[Block]) -> Bl
     if selection.methods is not None:
         for name in selection.methods:
             check(f"method on {block.data.name}", name, dict.fromkeys(_rule_names(siblings)))
+        # A variant may have the name of its method: "usn" is one of USN's rules, "random" another.
+        variants = {rule.variant for sibling in siblings for rule in sibling.rules}
         wanted = set(selection.methods)
-        block = replace(block, rules=tuple(r for r in block.rules if {r.method, r.variant} & wanted))
+        rules = (r for r in block.rules if r.variant in wanted or r.method in wanted - variants)
+        block = replace(block, rules=tuple(rules))
     if selection.ratios is not None:
         block = replace(
             block,
@@ -147,7 +151,8 @@ def _narrow(block: Block, selection: Selection, siblings: Sequence[Block]) -> Bl
             block, schedules=tuple(s for s in block.schedules if s.training.objective in selection.trainings)
         )
     if selection.models is not None:
-        block = replace(block, networks=tuple(_network(block.networks, name) for name in selection.models))
+        networks = tuple(_network(block.networks, name) for name in selection.models)
+        block = replace(block, networks=networks, timed_width=block.networks[-1].width)
     if selection.perturbations is not None:
         block = replace(block, perturbations=selection.perturbations)
     if selection.seeds is not None:
@@ -162,7 +167,26 @@ def _narrow(block: Block, selection: Selection, siblings: Sequence[Block]) -> Bl
     return block
 
 
-def _network(networks: Sequence[Network], name: str) -> Network:
-    """The block's own entry for this name, else this name with the width and head of the block's last network."""
+def named_width(text: str) -> tuple[str, float | None]:
+    """The network's name and width in ``NAME`` or ``NAME:WIDTH``.
+
+    Raises:
+        ValueError: the width is no number > 0.
+    """
+    name, colon, width = text.partition(":")
+    try:
+        value = float(width) if colon else None
+    except ValueError:
+        value = 0.0
+    if value is not None and not 0 < value < math.inf:
+        raise ValueError(f"cannot read the network {text!r}; expected NAME or NAME:WIDTH such as cnn7_cw:0.5")
+    return name, value
+
+
+def _network(networks: Sequence[Network], text: str) -> Network:
+    """The block's own entry for this name, else this name with the head of the block's last network; of the width that
+    is named, else of the entry's or the last one's."""
+    name, width = named_width(text)
     own = [network for network in networks if network.name == name]
-    return own[0] if own else replace(networks[-1], name=name, settings=())
+    found = own[0] if own else replace(networks[-1], name=name, settings=())
+    return found if width is None else replace(found, width=width)

@@ -35,7 +35,7 @@ class Block:
     """Every combination of rules, schedules, networks and seeds on one data set.
 
     ``certify_seconds`` is what certification, attack and measuring cost per cell, ``prepare_seconds`` what loading or
-    rendering the data costs once.
+    rendering the data costs once. Costs hold for networks of the ``timed_width``; others' go with the square of theirs.
     """
 
     data: Data
@@ -47,16 +47,19 @@ class Block:
     seeds: tuple[int, ...]
     certify_seconds: float
     prepare_seconds: float = 0.0
+    timed_width: float | None = None
 
     def cells(self) -> list[tuple[Cell, float]]:
         """The cells with their expected seconds, dense first, seeds innermost."""
         found = []
         for network in self.networks:
+            larger = 1.0 if self.timed_width is None else (network.width / self.timed_width) ** 2
             for schedule in self.schedules:
                 for rule in self.rules:
                     for ratio in rule.ratios:
                         pruning = Pruning(rule.method, ratio, rule.settings)
-                        cost = schedule.epoch_seconds * schedule.training.epochs * rule.networks + self.certify_seconds
+                        training = schedule.epoch_seconds * schedule.training.epochs * rule.networks
+                        cost = larger * (training + self.certify_seconds)
                         found += [
                             (
                                 Cell(

@@ -71,7 +71,8 @@ def rule(variant: str, ratios: tuple[float, ...], cost: float, own: Settings) ->
 def variant(pruning: Pruning) -> str:
     """The variant behind a cell's pruning: how :func:`rule` would name it.
 
-    A weight lambda_W other than 0 and 10, or one that grows with pruning, is spelled out: ``usn λ_W=1``.
+    A weight lambda_W other than 0 and 10, or one that grows with pruning, is spelled out: ``usn λ_W=1``. So is a common
+    weight of the unbiased and the smooth loss that is not the default one: ``usn λ_u=0.1``.
     """
     given = dict(pruning.settings)
     weight = float(given.get("lambda_w") or 0.0)
@@ -82,11 +83,12 @@ def variant(pruning: Pruning) -> str:
         return "vanilla" if given.get("task_on") == "clean" else "augmented"
     ramp = " progressive" if given.get("lambda_w_ramp") == "progressive" else ""
     name = {"high": "usn"}.get(prune, prune) if pruning.ratio else "none"
+    strength = f" λ_u={given['lambda_u']:g}" if "lambda_u" in given else ""
     if weight == LAMBDA_W and not ramp:
-        return name
+        return f"{name}{strength}"
     if weight == 0.0:
-        return f"{name}-w0"
-    return f"{name} λ_W={weight:g}{ramp}"
+        return f"{name}-w0{strength}"
+    return f"{name} λ_W={weight:g}{ramp}{strength}"
 
 
 def _rules(
@@ -259,17 +261,34 @@ def lambda_w() -> Preset:
     )
 
 
+def strength() -> Preset:
+    """Study: the unbiased and the smooth loss with ten and a hundred times their usual weight, at ratios 0 and 0.2."""
+    block = _quick_block({}, (0,), Network("cnn7_cw", width=0.25))
+    rules: list[Rule] = []
+    for weight in (0.1, 1.0):
+        own: dict[str, Value] = {**SHORT, "lambda_u": weight, "lambda_s": weight}
+        rules += _rules({"none": (), "usn": (0.2,), "random": (0.2,)}, CLEAN_QUARTER, **own)
+    return Preset(
+        name="strength",
+        hardware="two CPU cores",
+        at_once=2,
+        expectation="larger weights shrink the largest deviation and raise the error",
+        blocks=(replace(block, rules=tuple(rules)),),
+        default=("aircraft",),
+    )
+
+
 def joint() -> Preset:
     """Study: the networks of quick under brightness and contrast at once, two parameters decided together."""
     return _again("joint", (JOINT,), "nearly all images hold at 1 px", 25.0)
 
 
 def geometric() -> Preset:
-    """Study: the networks of quick under rotation, which none of them has been trained for."""
+    """Study: the networks of quick under rotation and scaling, which none of them has been trained for."""
     return _again(
         "geometric",
-        (Perturb("rotation", 0.2), Perturb("rotation", 0.5)),
-        "keypoints should turn with the image, so the deviation from the unturned output is large on good networks",
+        (Perturb("rotation", 0.2), Perturb("rotation", 0.5), Perturb("scale", 0.005), Perturb("scale", 0.01)),
+        "keypoints should move with the image, so the deviation from the unmoved output is large on good networks",
         60.0,
     )
 
@@ -339,6 +358,7 @@ PRESETS: Mapping[str, Callable[[], Preset]] = {
     "gpu": gpu,
     "paper": paper,
     "lambda": lambda_w,
+    "strength": strength,
     "joint": joint,
     "geometric": geometric,
     "incomplete": incomplete,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from runs import bench, bench_bounds
-from runs.bench_timing import Clock, OutOfTime, Spread, limit
+from runs.alarm import OutOfTime, limit
+from runs.bench_timing import Clock, Spread
 from runs.bench_training import Measured
 
 CPU = Clock(torch.device("cpu"))
@@ -71,6 +72,14 @@ def test_tightness_is_compared_with_auto_lirpa() -> None:
     assert cell.theirs is not None
     assert cell.seconds is not None
     assert cell.faster == pytest.approx(cell.theirs.median / cell.seconds.median)
+
+
+def test_fixed_slopes_have_a_reference_of_their_own() -> None:
+    pytest.importorskip("auto_LiRPA")
+    (cell,) = bench_bounds.table(["mlp"], ["alpha-crown"], [1], CPU, 1, 0.1, 30.0)
+    assert cell.width == pytest.approx(1, abs=1e-2)
+    assert cell.faster is not None
+    assert any(text.endswith("faster") for text, _ in cell.goals())
 
 
 def test_without_auto_lirpa_its_columns_are_left_out(

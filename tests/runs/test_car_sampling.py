@@ -79,7 +79,7 @@ def test_data_names_edits_and_their_number_together() -> None:
         Data("scenes_flowers", settings=settings(edits="sun:1", edited=-1))
     data = Data("scenes_flowers", settings=settings(edits="sun:0.5", edited=10, image_size=16))
     assert data.label == "scenes_flowers + 10 edits"
-    assert car_edits.split_settings(data) == ({"image_size": 16}, Perturb("sun", 0.5), 10)
+    assert (data.options, data.edits, data.edited) == ({"image_size": 16}, Perturb("sun", 0.5), 10)
 
 
 # --- edits ----------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_every_cell_is_a_row_with_a_configuration(name: str) -> None:
         config = build_config(cell)
         assert config.epochs == cell.training.epochs
         assert from_dict(cell.to_dict()) == cell
-        assert row == "car" or not row.startswith("car") or car.edited(cell.data) > 0
+        assert row == "car" or not row.startswith("car") or cell.data.edited > 0
 
 
 def test_quick_is_what_it_says() -> None:
@@ -65,7 +65,7 @@ def test_studies_share_the_networks_of_quick() -> None:
 
 
 def test_there_is_no_car_without_edits_and_claims_find_their_variants() -> None:
-    rows = {(car.row(cell), car.edited(cell.data)) for cell in _cells("augmentation")}
+    rows = {(car.row(cell), cell.data.edited) for cell in _cells("augmentation")}
     assert ("vanilla", 0) in rows
     assert ("car", 0) not in rows
     labels = {cell.pruning.label for name in ("ablation", "initialisation", "noise") for cell in _cells(name)}
@@ -74,7 +74,7 @@ def test_there_is_no_car_without_edits_and_claims_find_their_variants() -> None:
 
 def test_rows_are_the_presets_of_the_paper() -> None:
     """At the paper's lengths the cells build the configurations that `methods.car.presets` names."""
-    flowers = [cell for cell in _cells("paper") if cell.data.name == "flowers102" and car.edited(cell.data) == 1_000]
+    flowers = [cell for cell in _cells("paper") if cell.data.name == "flowers102" and cell.data.edited == 1_000]
     by_row = {(car.row(cell), cell.pruning.ratio): build_config(cell) for cell in flowers}
     for (row, ratio), config in by_row.items():
         expected = preset(row, ratio or 0.5, 2.0).config  # type: ignore[arg-type]
@@ -139,6 +139,7 @@ def _record(cell: Cell, passed: int, paper_passed: int, accuracy: int = 30) -> R
         },
     }
     record["training"] = {"collapsed": False}
+    record["mask"] = {"density": 1 - cell.pruning.ratio}
     record["accuracy"] = {"bits": "1" * accuracy + "0" * (40 - accuracy), "images": 40, "right": accuracy}
     histogram = {"reach": 1.0, "counts": [1, 2, 1], "kept": 4, "total": 8, "near_zero": 0.5}
     record["weights"] = {"conv.weight": histogram, "fc.weight": histogram, "all": histogram}
@@ -167,7 +168,6 @@ def _records() -> list[Record]:
     for record in found:
         if record["cell"]["pruning"]["method"] == "car":
             record["training"] |= {"before": {"score": 0.5}, "after": {"score": 0.75}, "density_all": 0.51}
-            record["mask"] = {"density": 0.5}
     return found
 
 
@@ -250,6 +250,28 @@ def test_the_control_is_a_row_of_its_own_and_no_evidence_for_a_claim() -> None:
     cells = [cell for cell in _cells("ablation") if car.row(cell) in ("lmp longer", "car")]
     control, masks = (build_config(cell) for cell in sorted(cells, key=lambda cell: car.row(cell) != "lmp longer"))
     assert control.finetune_epochs == masks.mask_epochs + masks.finetune_epochs
+
+
+def test_car_stands_against_lmp_and_hydra_at_its_own_sparsity() -> None:
+    from scipy.stats import binomtest
+
+    (study,) = car_lines.studies([*_records(), _record(_cell("lmp:longer", 0.7), 19, 18)])
+    (table,) = (grid for grid in car_tables.grids(study) if grid.title.startswith("CAR against LMP and HYDRA"))
+    found = {row[0]: row for row in table.rows if "50.00" in row[3]}
+    assert set(found) == {"car – lmp", "car – hydra"}
+    assert found["car – hydra"][3:8] == ("50.00 / 50.00", "80.0 / 45.0", "+35.0", "7", "0")
+    raw = binomtest(0, 7, 0.5).pvalue
+    assert float(found["car – hydra"][8]) == pytest.approx(raw, rel=0.1)
+    assert float(found["car – lmp"][8]) == pytest.approx(binomtest(0, 6, 0.5).pvalue, rel=0.1)
+    assert float(found["car – hydra"][9]) == pytest.approx(3 * raw, rel=0.1)  # Holm: second of four
+    assert found["car – hydra"][10] == "CAR ahead"
+    others = {row[0]: row for row in table.rows if "30.00 / 30.00" in row[3]}
+    assert others["car – lmp"][10] == "not told apart"
+    assert others["car – lmp longer"][5:8] == ("-55.0", "0", "11")
+    assert others["car – lmp longer"][10] == "CAR behind"
+    assert "CAR's masks are trained for epochs" in table.notes[1]
+    (vanilla,) = car_lines.studies([_record(_cell("vanilla"), 3, 3)])
+    assert not any(grid.title.startswith("CAR against") for grid in car_tables.grids(vanilla))
 
 
 def test_networks_stand_side_by_side_in_table_two() -> None:

@@ -74,7 +74,7 @@ def test_dry_run_prints_keys_and_costs_and_runs_nothing(tmp_path: Path, capsys: 
         (["--verifier", "crwon"], "unknown certifier 'crwon'. Did you mean crown"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--seeds", "-1"], "--seeds must be at least 0"),
-        (["--export", "pdf"], "unknown export format 'pdf'; known: md, csv, json, html"),
+        (["--export", "pdf"], "unknown export format 'pdf'; known: md, csv, json, html, svg"),
         (["--preset", "huge"], "unknown preset 'huge'"),
         (["--ratios", "1.5"], "must lie in [0, 1)"),
         (["aren"], "unknown suite 'aren'"),

@@ -196,6 +196,10 @@ def test_export_writes_what_is_asked(records: list[Record], tmp_path: Path) -> N
     tables = leaderboard.build(records)
     written = report.export(tables, records, tmp_path, ["md", "csv", "md"])
     assert [path.name for path in written] == ["leaderboard.md", "leaderboard.csv"]
+    (picture,) = report.export(tables, records, tmp_path, ["svg"])
+    assert picture.read_text().count("<svg ") == 1
+    assert "<image" not in picture.read_text()
+    assert report.export([], [], tmp_path, ["svg"]) == []
     with pytest.raises(ValueError, match="unknown export format 'pdf'"):
         report.export(tables, records, tmp_path, ["pdf"])
     with pytest.raises(StoreError):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from runs.cell import Perturb
@@ -65,6 +67,19 @@ def test_selection_narrows_and_replaces() -> None:
     ]
     assert all(cell.verifier.images == 3 and cell.verifier.method == "ibp" for cell in made.cells)
     assert all(cell.perturbations == (Perturb("linf", 0.2),) for cell in made.cells)
+
+
+def test_a_network_of_another_width_costs_by_its_square() -> None:
+    whole = plan("arena", "smoke", Selection(limit=1))
+    name, width = whole.cells[0].network.name, whole.cells[0].network.width
+    same, double = (plan("arena", "smoke", Selection(limit=1, models=(f"{name}:{w:g}",))) for w in (width, 2 * width))
+    assert same.cells == whole.cells
+    assert same.costs == whole.costs
+    assert double.cells[0].network == replace(whole.cells[0].network, width=2 * width)
+    assert double.costs[0] == pytest.approx(4 * whole.costs[0])
+    for bad in ("mlp:", "mlp:x", "mlp:0", "mlp:-1", "mlp:nan", "mlp:inf"):
+        with pytest.raises(ValueError, match="NAME:WIDTH"):
+            plan("arena", "smoke", Selection(models=(bad,)))
 
 
 def test_limit_takes_the_first_cells() -> None:

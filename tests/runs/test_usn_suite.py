@@ -41,6 +41,9 @@ def test_other_weights_are_spelled_out() -> None:
     assert usn.variant(Pruning("usn", 0.1, settings(lambda_w=1.0))) == "usn λ_W=1"
     grown = settings(lambda_w=10.0, lambda_w_ramp="progressive")
     assert usn.variant(Pruning("usn", 0.1, grown)) == "usn λ_W=10 progressive"
+    stronger = settings(lambda_w=10.0, lambda_u=0.1, lambda_s=0.1)
+    assert usn.variant(Pruning("usn", 0.2, stronger)) == "usn λ_u=0.1"
+    assert usn.variant(Pruning("usn", 0.0, stronger)) == "none λ_u=0.1"
     bare = settings(lambda_u=0.0, lambda_s=0.0, lambda_w=0.0, prune="random")
     assert usn.variant(Pruning("usn", 0.1, bare)) == "random without USN losses"
     assert Pruning("magnitude", 0.5).label == "magnitude"
@@ -96,6 +99,8 @@ def test_variants_can_be_asked_for_by_name() -> None:
     assert "usn-w0" not in variants("arena")  # other suites have names of their own, or none
     made = plan("usn", "quick", Selection(methods=("random", "vanilla"), models=("cnn7_cw",)))
     assert {c.pruning.label for c in made.cells} == {"random", "vanilla"}
+    alone = plan("usn", "quick", Selection(methods=("usn",)))  # the rule, not every rule of the method
+    assert {c.pruning.label for c in alone.cells} == {"usn"}
     with pytest.raises(ValueError, match=r"unknown method on aircraft 'randon'\. Did you mean random or"):
         plan("usn", "quick", Selection(methods=("randon",)))
 
@@ -105,6 +110,7 @@ def test_named_perturbations_become_those_of_certify() -> None:
     assert isinstance(joint, certify.BrightnessContrast)
     assert joint.eps_contrast == pytest.approx(0.01)  # 1/255 goes with 0.01, as the paper trains
     assert isinstance(perturbation("rotation", 2.0), certify.Rotation)
+    assert isinstance(perturbation("scale", 0.1), certify.Scale)
     assert isinstance(perturbation("saturation", 0.1), certify.Saturation)
     cell = plan("usn", "hue", Selection(methods=("usn",))).cells[0]
     assert isinstance(build_config(cell).perturbation, certify.Hue)
