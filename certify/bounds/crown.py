@@ -112,23 +112,46 @@ def linear_bound(
 def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28, intersect: bool = True) -> list[Interval]:
     """Intervals for every node, tightened by CROWN wherever an activation is unstable on its interval.
 
-    Only those neurons are bounded, each image's own, in chunks whose working tensors stay near `memory` bytes. Where an
-    interval was tighter than CROWN's, it stays, unless `intersect` is off (as in auto-LiRPA).
+    Only those neurons are bounded, each image's own, in chunks whose working tensors stay near `memory` bytes. On the
+    way to later layers CROWN's own ends are used, as in auto-LiRPA. What is returned is also intersected with interval
+    propagation, unless `intersect` is off, in such a way that no ReLU's lower line changes (`_meet`): narrower
+    triangles over the same lower lines only take points from the relaxation that CROWN minimises over, so bounds that
+    start from these intervals are never looser than from CROWN's alone (for networks of ReLUs, but for rounding).
     """
-    found: list[Interval] = [(region.lo, region.hi)]
+    own: list[Interval] = [(region.lo, region.hi)]
+    met: list[Interval] = list(own)
     lines: Lines = {}
     readers = graph.consumers()
-    for index in range(1, len(graph.nodes)):
+    for index, node in enumerate(graph.nodes[1:], 1):
         op = graph.operation(index)
-        found.append(graph.step(index, found))
+        plain = graph.step(index, own)
+        same = all(met[i] is own[i] for i in node.inputs)
+        step = plain if same or not intersect else graph.step(index, met)
+        own.append(plain)
+        met.append(step)
         if isinstance(op, (Activation, MaxPool2d)):
             # A monotone function of tight intervals is as tight as a backward pass through its lines would be.
-            lines[index] = op.relax(*found[graph.nodes[index].inputs[0]])
-        elif any(graph.nodes[i].op is not None for i in graph.nodes[index].inputs):
-            where = undecided(graph, readers, index, found[index])
+            lines[index] = op.relax(*own[node.inputs[0]])
+        elif any(graph.nodes[i].op is not None for i in node.inputs):
+            where = undecided(graph, readers, index, plain)
             if where is not None:
-                found[index] = _tighten(graph, region, found, lines, index, where, memory, intersect)
-    return found
+                own[index] = _tighten(graph, region, own, lines, index, where, memory)
+                met[index] = _meet(own[index], step)
+    return met if intersect else own
+
+
+def _meet(own: Interval, other: Interval) -> Interval:
+    """The intersection of two intervals, widened within `own` where a ReLU would choose its other lower line on it."""
+    (own_lo, own_hi), (lo, hi) = own, other
+    lo, hi = torch.maximum(own_lo, lo), torch.minimum(own_hi, hi)
+    # Both are sound, so crossing ends differ by rounding alone; their order is restored.
+    lo, hi = torch.minimum(lo, hi), torch.maximum(lo, hi)
+    unstable, steep = (own_lo < 0) & (own_hi > 0), own_hi > -own_lo
+    past = torch.minimum(-lo * (1 + torch.finfo(lo.dtype).eps), own_hi)
+    hi = torch.where(unstable & steep & (hi <= -lo), past, hi)
+    # A point at 0 would count as active, with slope 1.
+    before = torch.where(hi > 0, torch.maximum(-hi, own_lo), own_lo)
+    return torch.where(unstable & ~steep & ((hi > -lo) | (lo >= 0)), before, lo), hi
 
 
 def undecided(graph: Graph, readers: list[list[int]], index: int, interval: Interval) -> Tensor | None:
@@ -159,8 +182,8 @@ def _tighten(
     index: int,
     where: Tensor,
     memory: int,
-    intersect: bool,
 ) -> Interval:
+    """The interval of node `index` in `found`, with CROWN's ends at the entries `where`."""
     lo, hi = found[index]
     image, entry = where.flatten(1).nonzero(as_tuple=True)
     if not len(image):
@@ -181,11 +204,8 @@ def _tighten(
         if shortcut.widest:
             chunk = max(1, _working_set(lo.device, memory) // (lo.element_size() * shortcut.widest))
     flat = image * where[0].numel() + entry
-    below, above = torch.cat(lower), torch.cat(upper)
-    if intersect:
-        below, above = torch.maximum(lo.flatten()[flat], below), torch.minimum(hi.flatten()[flat], above)
-    new_lo = lo.flatten().index_put((flat,), below).reshape(lo.shape)
-    new_hi = hi.flatten().index_put((flat,), above).reshape(hi.shape)
+    new_lo = lo.flatten().index_put((flat,), torch.cat(lower)).reshape(lo.shape)
+    new_hi = hi.flatten().index_put((flat,), torch.cat(upper)).reshape(hi.shape)
     # Both ends are sound, so crossing ends differ by rounding alone; their order is restored.
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import certify
-from certify.bounds import METHODS, Network, UnsupportedOperation, trace
+from certify.bounds import METHODS, Network, Region, UnsupportedOperation, trace
 from certify.bounds.activations import Clamp, LeakyReLU, ReLU, sigmoid, tanh
+from certify.bounds.crown import _meet, crown_intervals, crown_rows
 
 F64 = torch.float64
 DIRECT = tuple(m for m in METHODS if not m.startswith("alpha"))  # the others optimise, and are tested on fewer networks
@@ -147,6 +148,67 @@ def test_optimised_lines_are_sound_and_never_looser(name):
             assert (low >= lo - 1e-9).all()
             assert (high <= hi + 1e-9).all()
             assert low.requires_grad
+
+
+def positive_net(seed):
+    """A random ReLU network with mostly positive weights, on which interval propagation often beats CROWN."""
+    torch.manual_seed(seed)
+    if seed % 2:
+        layers = [m for _ in range(4) for m in (nn.Linear(9, 9), nn.ReLU())]
+        net, shape = nn.Sequential(*layers, nn.Linear(9, 4)), (9,)
+    else:
+        block = Block(lambda x, f: F.relu(x + f(x)), conv(4, 4, padding=1))
+        middle = [nn.ReLU(), conv(4, 4, padding=1), nn.ReLU(), block, conv(4, 4, padding=1), nn.ReLU()]
+        net, shape = nn.Sequential(conv(1, 4), *middle, nn.Flatten(), nn.Linear(36, 4)), (1, 5, 5)
+    for layer in net.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.weight.data.add_(layer.weight.data.abs(), alpha=0.5)
+    return net.to(F64).eval().requires_grad_(False), torch.rand(3, *shape, dtype=F64)
+
+
+def test_intersected_intervals_never_loosen_crown():
+    narrower = 0
+    for seed in range(24):
+        net, x = positive_net(seed)
+        region = Region(x - 0.4, x + 0.4)
+        graph = trace(net, x)[0].folded()
+        C = torch.cat([torch.eye(4, dtype=F64), -torch.eye(4, dtype=F64)]).expand(3, -1, -1)
+        alone, met = crown_intervals(graph, region, intersect=False), crown_intervals(graph, region)
+        for (lo, hi), (a, b) in zip(met, alone, strict=True):
+            assert (lo >= a).all()
+            assert (hi <= b).all()
+        plain, rows = crown_rows(graph, region, alone, C), crown_rows(graph, region, met, C)
+        assert (rows >= plain - 1e-12 * plain.abs().max()).all()
+        narrower += int((rows > plain + 1e-6 * plain.abs().max()).any())
+        inside = (region.lo + (region.hi - region.lo) * torch.rand(500, *x.shape, dtype=F64)).flatten(0, 1)
+        for value, (lo, hi) in zip(graph.values(inside), met, strict=True):
+            value = value.unflatten(0, (500, 3))
+            assert (value >= lo - 1e-9).all()
+            assert (value <= hi + 1e-9).all()
+    assert narrower > 6  # and often tightens it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_meeting_intervals_keeps_the_lower_line(dtype):
+    generator = torch.Generator().manual_seed(0)
+    ends = (
+        torch.randint(-8, 9, (4000, 4), generator=generator).to(dtype)
+        / 4
+        * (1 + torch.arange(4000) % 3 / 7).unsqueeze(1)
+    )
+    (own_lo, own_hi), (lo, hi) = ends[:, :2].sort(1).values.unbind(1), ends[:, 2:].sort(1).values.unbind(1)
+    crossing = torch.maximum(own_lo, lo) <= torch.minimum(own_hi, hi)
+    own, other = (own_lo[crossing], own_hi[crossing]), (lo[crossing], hi[crossing])
+    low, high = _meet(own, other)
+    assert (low >= own[0]).all()
+    assert (high <= own[1]).all()
+    assert (low <= torch.maximum(own[0], other[0])).all()
+    assert (high >= torch.minimum(own[1], other[1])).all()
+    unstable = (own[0] < 0) & (own[1] > 0)
+    assert torch.equal(ReLU().relax(*own).slope_lo[unstable], ReLU().relax(low, high).slope_lo[unstable])
+    assert (low[~unstable] == torch.maximum(own[0], other[0])[~unstable]).all()
+    changed = (low < torch.maximum(own[0], other[0])) | (high > torch.minimum(own[1], other[1]))
+    assert 0 < changed.sum() < unstable.sum() / 2
 
 
 @pytest.mark.parametrize("name", ["relu", "max-pool overlapping", "residual, strided", "softmax", "cat"])
