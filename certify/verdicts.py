@@ -44,7 +44,8 @@ class Certificate:
         counterexamples: (N, *input) perturbed images; rows of images that are not VIOLATED are NaN.
         work: counts of what was done, an entry a kind ("domains", "sub-intervals", "pieces", "rows"), each (N,).
         method: the verifier that answered.
-        soundness: "real-arithmetic" (sound up to floating-point rounding, see `margin`) or "rigorous".
+        soundness: "real-arithmetic": sound up to floating-point rounding, against which `margin` is kept. All verifiers
+            of this package; a registered one that bounds its rounding may say "rigorous".
         margin: the slack kept against rounding: HOLDS needs ``lower > margin``.
         dtype: the arithmetic used, such as "float64".
         parameters: (N, K) semantic parameters of the counterexamples (NaN elsewhere), None for boxes.

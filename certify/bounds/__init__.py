@@ -84,8 +84,9 @@ def bounds(
         model: any module whose operations are supported; normalisation belongs inside it.
         x: images (N, ...) in pixel space.
         p: what may change.
-        method: "ibp", "crown-ibp", "crown", "forward" (perturbations and boxes of few parameters), or
-            "auto-lirpa:<method>" for auto-LiRPA's own.
+        method: "ibp", "crown-ibp", "crown", "alpha-crown" (optimised slopes over CROWN's intervals),
+            "alpha-crown-full" (those intervals optimised, too), "forward" (perturbations and boxes of few parameters),
+            or "auto-lirpa:<method>" for auto-LiRPA's own.
         C: (N, rows, outputs) linear functions of the output; it is folded into the last affine layers.
         memory: bytes that working tensors should stay near.
 
