@@ -255,3 +255,9 @@ def test_a_cell_starts_from_the_weights(published: Mapping[str, torch.Tensor], t
     trained = slot.trained()
     assert trained is not None
     assert trained["fingerprints"]["weights"] == file_sha256(path)  # another file is another training
+
+
+def test_a_cluster_is_not_bothered_with_what_cannot_be_certified(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["car", "--preset", "smoke", "--verifier", "crown", "--engine", "ray", "--address", "auto"]
+    assert compare.main(asked) == 2
+    assert "only random draws: use --verifier probabilistic" in capsys.readouterr().err
