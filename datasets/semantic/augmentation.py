@@ -12,9 +12,11 @@ from torch import Tensor
 from datasets import splits
 from datasets.packs import Pack
 from datasets.semantic.store import EditStore, deltas, image_hash
-from datasets.semantic.transform import SemanticTransform, fingerprint, law, make
+from datasets.semantic.transform import SemanticTransform, fingerprint, law, make_each
 
 ORIGINAL, DELTA = "original", "delta"
+BATCH = 64
+"""Images edited together: generators are slow one image at a time, on a GPU above all."""
 
 
 def augment(
@@ -52,20 +54,24 @@ def augment(
     rounds = [splits.permutation(n, seed, epoch=r) for r in range(-(-count // n))]
     chosen = np.concatenate(rounds)[:count] if rounds else np.empty(0, dtype=np.int64)
     times = np.arange(count) // n  # the k-th edit of an image is its k-th draw
-    images, strengths = [], []
-    for position, draw in zip(chosen.tolist(), times.tolist()):
-        image = pack.tensors([position])[0][0]
+    images, strengths = [pack.images[:0].cpu()], [torch.zeros(0)]
+    for start in range(0, count, BATCH):
+        positions, draws = (part[start : start + BATCH].tolist() for part in (chosen, times))
+        originals = pack.tensors(positions)[0]
         if store is not None:
-            pixels, delta = store.take(image, position, seed, draw + 1)
+            store.fill(originals, positions, seed)
+            taken = [store.take(x, i, seed, draw + 1) for x, i, draw in zip(originals, positions, draws)]
+            pixels, delta = (torch.stack([part[k][-1] for part in taken]) for k in (0, 1))
         else:
-            delta = deltas(seed, image_hash(image), draw + 1)
-            pixels = make(transform, image, position, delta[-1:])
-        images.append(pixels[-1].permute(1, 2, 0).cpu())
-        strengths.append(float(delta[-1]))
+            own = [deltas(seed, image_hash(image), draw + 1)[-1] for image, draw in zip(originals, draws)]
+            delta = torch.stack(own)
+            pixels = make_each(transform, originals, positions, delta)
+        images.append(pixels.permute(0, 2, 3, 1).cpu())
+        strengths.append(delta)
     index = torch.from_numpy(np.concatenate([np.arange(n), chosen]))
-    added = torch.stack(images) if images else pack.images[:0].cpu()
+    added = torch.cat(images)
     extras = {key: torch.cat([extra.cpu(), extra.cpu()[index[n:]]]) for key, extra in pack.extras.items()}
-    extras |= {ORIGINAL: index, DELTA: torch.cat([torch.zeros(n), torch.tensor(strengths, dtype=torch.float32)])}
+    extras |= {ORIGINAL: index, DELTA: torch.cat([torch.zeros(n), *strengths])}
     stated: dict[str, Any] = {"count": count, "seed": seed, "law": law(transform), "transform": transform.describe()}
     return replace(
         pack,

@@ -70,13 +70,15 @@ class DiffAEEdit:
         if len(images) > 1 and bool((images == images[:1]).all()):
             z, noise = self._coded(images[:1])
             return z.expand(len(images), -1), noise.expand(len(images), -1, -1, -1)
-        found = []
-        for image in images:
-            key = image_hash(image)
-            if key not in self._codes:
-                z = self.model.encode(image[None])
-                self._codes[key] = (z, self.model.invert(image[None], z))
-                if len(self._codes) > _REMEMBERED:
-                    self._codes.popitem(last=False)
-            found.append(self._codes[key])
-        return torch.cat([z for z, _ in found]), torch.cat([n for _, n in found])
+        keys = [image_hash(image) for image in images]
+        new = {key: i for i, key in enumerate(keys) if key not in self._codes}
+        found = {key: self._codes[key] for key in keys if key not in new}
+        if new:
+            originals = images[list(new.values())]
+            z = self.model.encode(originals)
+            noise = self.model.invert(originals, z)
+            found |= {key: (z[k : k + 1], noise[k : k + 1]) for k, key in enumerate(new)}
+        self._codes.update(found)
+        while len(self._codes) > _REMEMBERED:
+            self._codes.popitem(last=False)
+        return torch.cat([found[key][0] for key in keys]), torch.cat([found[key][1] for key in keys])

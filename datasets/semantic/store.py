@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from datasets import archive
 from datasets.errors import CorruptData, MissingData
-from datasets.semantic.transform import SemanticTransform, fingerprint, make, quantise
+from datasets.semantic.transform import SemanticTransform, fingerprint, make, make_each, quantise
 
 VERSION = 1
 ROWS = 256
@@ -111,6 +112,28 @@ class EditStore:
         pixels, strengths = (np.concatenate([p[k] for p in parts]) for k in (0, 1))
         return torch.from_numpy(pixels), torch.from_numpy(strengths)
 
+    def fill(self, images: Tensor, index: Sequence[int], stream: int) -> None:
+        """Make and keep the first draw in a stream of every image that has none there, all of them together.
+
+        Args:
+            images: (B, C, H, W) float in [0, 1].
+            index: their positions in the transform's set.
+            stream: see `take`.
+
+        Raises:
+            ValueError: the transform failed its checks.
+        """
+        sources = [image_hash(image) for image in images]
+        missing = {file: i for i, s in enumerate(sources) if (file := _file(s, stream, 0)) not in self._shards}
+        if not missing:
+            return
+        rows = list(missing.values())
+        strengths = torch.cat([deltas(stream, sources[i], 1) for i in rows])
+        pixels = make_each(self.transform, images[rows], [index[i] for i in rows], strengths).cpu().numpy()
+        for k, (file, i) in enumerate(missing.items()):
+            one = slice(k, k + 1)
+            self._keep(file, sources[i], index[i], stream, 0, pixels[one], strengths[one].numpy())
+
     def verify(self) -> int:
         """Read every shard and compare it with its checksum; returns how many draws are sound.
 
@@ -121,7 +144,7 @@ class EditStore:
         return len(self)
 
     def _part(self, image: Tensor, source: str, index: int, stream: int, first: int, rows: int) -> tuple[Any, Any]:
-        file = f"{source[:16]}-{stream:x}-{first}.npz"
+        file = _file(source, stream, first)
         known = self._shards.get(file)
         pixels, strengths = None, None
         if known is not None:
@@ -197,6 +220,10 @@ class EditStore:
                 ) from error
             shards[shard.file] = shard
         return shards
+
+
+def _file(source: str, stream: int, first: int) -> str:
+    return f"{source[:16]}-{stream:x}-{first}.npz"
 
 
 def _digest(pixels: Any, strengths: Any) -> str:

@@ -154,6 +154,12 @@ class Draws:
         return pixels.to(batch.device).to(batch.dtype) / 255
 
 
+def make_each(transform: SemanticTransform, images: Tensor, index: Sequence[int], delta: Tensor) -> Tensor:
+    """uint8 (B, C, H, W): each image (B, C, H, W) edited by its own `delta` (B,), checked."""
+    strengths = delta.to(images.device, images.dtype)
+    return quantise(apply(transform, images, torch.as_tensor(index, dtype=torch.int64), strengths))
+
+
 def make(transform: SemanticTransform, image: Tensor, index: int, delta: Tensor, *, batch: int = 64) -> Tensor:
     """uint8 (B, C, H, W): one image (C, H, W) edited by each `delta` (B,), `batch` at a time, checked."""
     parts = []

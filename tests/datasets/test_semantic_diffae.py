@@ -208,6 +208,26 @@ def test_an_exact_generator_is_accepted_and_its_edit_changes_the_attribute_as_st
     assert json.loads(json.dumps(edit.describe())) == edit.describe()
 
 
+def test_different_images_are_inverted_together_and_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pack = Analytic(), coloured(60, "val", 1)
+    semantic.accept(model, pack, CRITERIA, calibration=20, probes=30)
+    x, delta = pack.tensors([0, 1, 0, 2])[0], torch.tensor([0.1, 0.5, 0.7, 1.0])
+    alone = torch.cat(
+        [semantic.DiffAEEdit(model).edit(x[i : i + 1], torch.tensor([i]), delta[i : i + 1]) for i in range(4)]
+    )
+    asked: list[int] = []
+    invert = model.invert
+    monkeypatch.setattr(model, "invert", lambda images, z: (asked.append(len(images)), invert(images, z))[1])
+    edit = semantic.DiffAEEdit(model)
+    torch.testing.assert_close(edit.edit(x, torch.arange(4), delta), alone)
+    assert asked == [3]
+    torch.testing.assert_close(edit.edit(x.flip(0), torch.arange(4), delta.flip(0)), alone.flip(0))
+    assert asked == [3]  # remembered
+    many = coloured(70, "val", 2).tensors(range(70))[0]
+    edit.edit(many, torch.arange(70), torch.zeros(70))
+    assert asked == [3, 70]  # more than are remembered at once
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

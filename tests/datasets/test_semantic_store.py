@@ -210,6 +210,25 @@ def test_augmented_packs_pair_every_edited_image_with_an_original(tmp_path: Path
     assert not torch.equal(other.extras["original"], fewer.extras["original"])
 
 
+def test_images_are_edited_together_once_and_one_that_is_lost_is_made_alone(
+    tmp_path: Path, pack: datasets.Pack
+) -> None:
+    made = Counting()
+    without = semantic.augment(pack, made, 30)
+    assert made.made == [30]
+    first = semantic.augment(pack, made, 30, store=semantic.EditStore(tmp_path, made, "train"))
+    assert made.made == [30, 30]
+    assert torch.equal(first.images, without.images)
+    store = semantic.EditStore(tmp_path, made, "train")
+    assert torch.equal(semantic.augment(pack, made, 30, store=store).images, first.images)
+    assert made.made == [30, 30]  # all found
+    lines = (store.folder / "shards.jsonl").read_text().splitlines(keepends=True)
+    (store.folder / "shards.jsonl").write_text("".join(lines[:-1]))  # as if killed before the last line
+    again = semantic.augment(pack, made, 30, store=semantic.EditStore(tmp_path, made, "train"))
+    assert made.made == [30, 30, 1]
+    assert torch.equal(again.images, first.images)
+
+
 def test_missing_pairs(pack: datasets.Pack) -> None:
     with pytest.raises(ValueError, match="no pairs of originals and edited images"):
         semantic.pairs(pack)
