@@ -29,7 +29,8 @@ def evidence_text(evidence: Evidence | None, p: float | None) -> str:
     percent = evidence.unit == "images"
 
     def number(value: float) -> str:
-        return f"{100 * value:+.1f}" if percent else f"{value:+.3g}"
+        # Rounded first: a difference of means may be 1e-17 where it is nothing, and that nothing may be negative.
+        return f"{100 * value:+.1f}" if percent else f"{round(value, 9) + 0.0:+.3g}"
 
     interval = "" if math.isinf(evidence.low) else f" [{number(evidence.low)}, {number(evidence.high)}]"
     many = f"{evidence.units} {evidence.unit}"

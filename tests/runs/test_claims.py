@@ -14,7 +14,17 @@ from runs.cell import Perturb, Pruning, Training, settings
 from runs.claims import CLAIMS, Claim, evaluate, export, print_terminal, printed
 from runs.claims.claim import Finding, Verdict
 from runs.claims.observation import observations, picked
-from runs.claims.questions import Exceeds, Falls, Gains, MatchesSomewhere, Measures, Verifies, VerifiesSomewhere
+from runs.claims.questions import (
+    Evidence,
+    Exceeds,
+    Falls,
+    Gains,
+    MatchesSomewhere,
+    Measures,
+    Verifies,
+    VerifiesSomewhere,
+)
+from runs.claims.show import evidence_text
 from runs.statistics import sign_test
 
 SEEDS = (0, 1, 2)
@@ -199,3 +209,10 @@ def test_files_and_terminal(tmp_path, capsys):
     loaded = json.loads((tmp_path / "claims.json").read_text())
     assert [entry["id"] for entry in loaded] == [claim.id for claim in CLAIMS]
     assert len((tmp_path / "claims.md").read_text().splitlines()) == len(CLAIMS) + 6
+
+
+def test_a_difference_that_is_rounding_is_nothing():
+    evidence = Evidence(-5.5e-17, -math.inf, math.inf, 1.0, 3, "seeds", 5, 3, "sign test")
+    assert evidence_text(evidence, 1.0).startswith("+0; p = 1; n = 3 seeds")
+    small = dataclasses.replace(evidence, difference=-1.14e-05)
+    assert evidence_text(small, 1.0).startswith("-1.14e-05; ")
