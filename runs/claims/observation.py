@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runs.cell import digest, from_dict
+from runs.cell import Cell, digest, from_dict, recorded_by_state
 from runs.store import DONE, Record
 
 
@@ -15,8 +15,10 @@ class Observation:
     """What one cell says under one perturbation.
 
     ``context`` is everything that two networks must share before a difference between them says something about
-    pruning: data, network, training with its epochs, perturbation, verifier and number of images. ``bits`` has one
-    character per test image, "1" where it is verified (and, for classes, right).
+    pruning: data, network, training with its epochs, perturbation, verifier and number of images. ``budget`` is that
+    with the epochs of training in all, however a method divides those up; None where they are not on record, and for a
+    state of a run, which is one of several trainings. ``bits`` has one character per test image, "1" where it is
+    verified (and, for classes, right).
     """
 
     method: str
@@ -32,6 +34,7 @@ class Observation:
     bits: str
     result: Mapping[str, Any]
     record: Record
+    budget: str | None = None
 
 
 Pick = Callable[[Observation], bool]
@@ -55,6 +58,7 @@ def observations(records: Iterable[Record]) -> list[Observation]:
         whole = cell.to_dict()
         for result in record["results"]:
             same = {name: whole[name] for name in ("training", "network", "data", "verifier")}
+            same |= {"perturbation": result["label"], "images": result["images"]}
             found.append(
                 Observation(
                     method=cell.pruning.label,
@@ -66,13 +70,21 @@ def observations(records: Iterable[Record]) -> list[Observation]:
                     perturbation=result["label"],
                     kind=result["kind"],
                     seed=cell.seed,
-                    context=digest(same | {"perturbation": result["label"], "images": result["images"]}),
+                    context=digest(same),
                     bits=result["verified_bits"],
                     result=result,
                     record=record,
+                    budget=_budget(same, cell, record),
                 )
             )
     return found
+
+
+def _budget(same: Mapping[str, Any], cell: Cell, record: Record) -> str | None:
+    total = record.get("training", {}).get("epochs")
+    if total is None or recorded_by_state(cell.pruning):
+        return None
+    return digest({**same, "training": {**same["training"], "epochs": None}, "epochs in all": total})
 
 
 def picked(*methods: str, training: Iterable[str] = (), ratios: Iterable[float] = (), data: str = "") -> Pick:

@@ -52,16 +52,22 @@ class Question(Protocol):
 
 
 def _matched(found: Sequence[Observation], first: Pick, second: Pick, *, ratio: bool) -> list[Pair]:
-    """Pairs that share context and seed, and the ratio where asked for."""
+    """Pairs that share context and seed, and the ratio where asked for; where none does, those of the same budget."""
 
-    def key(one: Observation) -> Hashable:
-        return (one.context, one.seed, round(one.ratio, 3) if ratio else None)
+    def key(one: Observation, shared: str | None) -> Hashable:
+        return (shared, one.seed, round(one.ratio, 3) if ratio else None)
 
-    others = defaultdict(list)
+    alike, equal = defaultdict(list), defaultdict(list)
     for one in found:
         if second(one):
-            others[key(one)].append(one)
-    return [(one, other) for one in found if first(one) for other in others[key(one)]]
+            alike[key(one, one.context)].append(one)
+            equal[key(one, one.budget)].append(one)
+    pairs = []
+    for one in found:
+        if first(one):
+            others = alike[key(one, one.context)] or (equal[key(one, one.budget)] if one.budget is not None else [])
+            pairs += [(one, other) for other in others]
+    return pairs
 
 
 def _student(values: Sequence[float]) -> tuple[float, float, float]:

@@ -29,7 +29,9 @@ class Sampled:
     edits_differ: bool = False
 
     def ask(self, found: Sequence[Observation]) -> Evidence | None:
-        return self.question.ask([replace(one, context=self._context(one)) for one in found if is_sampled(one)])
+        return self.question.ask(
+            [replace(one, context=self._context(one), budget=None) for one in found if is_sampled(one)]
+        )
 
     def _context(self, one: Observation) -> str:
         cell = from_dict(one.record["cell"])

@@ -196,6 +196,37 @@ def test_usn_claims_read_variants():
     assert answer.finding is not None
 
 
+def test_random_weights_are_not_the_random_channels_of_the_claim():
+    records = [make_record(make_cell("usn", 0.2, seed), "1" * 10) for seed in SEEDS]
+    weights = [make_record(make_cell("random", 0.2, seed), "0" * 10) for seed in SEEDS]
+    (answer,) = evaluate([by_id("USN-1")], records + weights)
+    assert answer.verdict is Verdict.NOT_RUN
+    own = Pruning("random", 0.2, settings(structured=True))
+    channels = [make_record(make_cell(seed=seed, pruning=own), "0" * 10) for seed in SEEDS]
+    (answer,) = evaluate([by_id("USN-1")], records + weights + channels)
+    assert answer.verdict is Verdict.SUPPORTED
+    assert answer.evidence is not None
+    assert answer.evidence.pairs == len(SEEDS)
+
+
+def test_epochs_in_all_match_methods_that_divide_them_up_differently():
+    def records(dense_total):
+        whole = Training("ibp", epochs=12, eps=0.1)
+        parts = dataclasses.replace(whole, epochs=4)
+        for seed in SEEDS:
+            for name, ratio, training, total, bits in (
+                ("dense", 0.0, whole, dense_total, "0" * 10), ("imp", 0.8, parts, 12, "1" * 10),
+            ):  # fmt: skip
+                record = make_record(make_cell(name, ratio, seed, training=training), bits)
+                yield {**record, "training": {"epochs": total}}
+
+    (answer,) = evaluate([by_id("NRS-2")], list(records(12)))
+    assert answer.verdict is Verdict.SUPPORTED
+    for other in (18, None):  # another budget, and one that is not on record
+        (answer,) = evaluate([by_id("NRS-2")], list(records(other)))
+        assert answer.verdict is Verdict.NOT_RUN
+
+
 def test_files_and_terminal(tmp_path, capsys):
     from rich.console import Console
 
