@@ -25,7 +25,7 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(panels, 3)
+    columns = 2 if panels == 4 else min(panels, 3)
     lines = -(-panels // columns)
     figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
