@@ -289,7 +289,7 @@ def geometric() -> Preset:
         "geometric",
         (Perturb("rotation", 0.2), Perturb("rotation", 0.5), Perturb("scale", 0.005), Perturb("scale", 0.01)),
         "keypoints should move with the image, so the deviation from the unmoved output is large on good networks",
-        60.0,
+        800.0,
     )
 
 
