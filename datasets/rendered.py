@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,7 @@ def load_aircraft(request: Request) -> Pack:
     With a limit and nothing in the cache only the images asked for are rendered: image i is the same either way.
     """
     size = request.image_size or 64
-
-    def render(limit: int | None) -> dict[str, Any]:
-        return aircraft.render_split(
-            request.split,
-            size=request.variant,
-            seed=SEED,
-            image_size=size,
-            workers=request.workers,
-            limit=limit,
-            progress=request.progress,
-        )
-
+    render = partial(aircraft.render_split, request.split, size=request.variant)
     facts = {
         "source": "datasets.aircraft",
         "split_rule": "rendered apart: each split has random numbers of its own",
@@ -55,19 +45,7 @@ def load_scenes(request: Request) -> Pack:
     """
     kind = request.name.removeprefix("scenes_")
     size = request.image_size or 64
-
-    def render(limit: int | None) -> dict[str, Any]:
-        return scenes.render_split(
-            kind,
-            request.split,
-            variant=request.variant,
-            seed=SEED,
-            image_size=size,
-            workers=request.workers,
-            limit=limit,
-            progress=request.progress,
-        )
-
+    render = partial(scenes.render_split, kind, request.split, variant=request.variant)
     facts = {
         "source": "datasets.scenes",
         "split_rule": "rendered apart: each split has random numbers of its own; the classes are the same",
@@ -90,12 +68,13 @@ def _pack(
     size: int,
     count: int,
     code: str,
-    render: Callable[[int | None], dict[str, Any]],
+    render: Callable[..., dict[str, Any]],
     names: str,
     facts: dict[str, Any],
 ) -> Pack:
     """The pack of a split of `count` images from the cache, rendered first where it is not there.
 
+    `render` takes seed, image_size, workers, limit and progress, and gives images, targets, extras and meta.
     `names` is the entry of the meta data with the names of the classes or keypoints; `facts` join the meta data.
     """
     limit = None if request.limit is None or request.limit >= count else request.limit
@@ -105,7 +84,7 @@ def _pack(
     path = whole if limit is None or whole.exists() else folder / f"{stem}-first{limit}.npz"
 
     def build() -> tuple[Arrays, dict[str, Any]]:
-        drawn = render(limit)
+        drawn = render(seed=SEED, image_size=size, workers=request.workers, limit=limit, progress=request.progress)
         extras = {f"extras.{key}": array for key, array in drawn["extras"].items()}
         return {"images": drawn["images"], "targets": drawn["targets"], **extras}, {"meta": drawn["meta"]}
 

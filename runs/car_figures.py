@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from runs.car_lines import Bits, Line, Study, accurate, paper, valid
-from runs.plots import COLOURS, LINES, MARKERS, png
+from runs.plots import COLOURS, LINES, MARKERS, canvas, png
 from runs.suites import car
 
 
@@ -28,15 +27,6 @@ def all_figures(studies: Sequence[Study]) -> list[tuple[str, str, bytes]]:
             if made is not None:
                 found.append((f"car-{name}{end}.png", f"{caption} {study.title}.", made))
     return found
-
-
-def _canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def setting(study: Study) -> tuple[int, str]:
@@ -61,7 +51,7 @@ def against_ratio(study: Study) -> bytes | None:
     panels: list[tuple[str, Bits]] = [("accuracy (%)", accurate), ("PCA, valid (%)", valid)]
     if all(line.has_paper for line in lines):
         panels.append(("PCA, paper, not valid (%)", paper))
-    figure, axes = _canvas(len(panels), 1, 4.0, 3.4)
+    figure, axes = canvas(len(panels), 1, 4.0, 3.4)
     for axis, (title, bits) in zip(axes[0], panels):
         for i, row in enumerate(car.ROWS):
             own = sorted((line for line in lines if line.row == row), key=lambda line: line.ratio)
@@ -106,7 +96,7 @@ def landscapes(study: Study) -> bytes | None:
     shown = [v for grid in logs for row in grid for v in row if not math.isnan(v)]
     columns = min(3, len(lines))
     height = -(-len(lines) // columns)
-    figure, axes = _canvas(columns, height, 3.3, 3.0)
+    figure, axes = canvas(columns, height, 3.3, 3.0)
     flat = axes.ravel().tolist()
     for axis in flat[len(lines) :]:
         axis.set_visible(False)
@@ -128,7 +118,7 @@ def distributions(study: Study) -> bytes | None:
     if len(lines) < 2:
         return None
     layers = [name for name in lines[0].entries[0].record["weights"] if name != "all"]
-    figure, axes = _canvas(len(layers), 1, 4.4, 3.2)
+    figure, axes = canvas(len(layers), 1, 4.4, 3.2)
     for axis, layer in zip(axes[0], layers):
         for i, line in enumerate(lines):
             found = line.entries[0].record["weights"][layer]

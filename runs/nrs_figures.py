@@ -13,7 +13,7 @@ from typing import Any
 
 from runs import nrs_records
 from runs.nrs_lines import Line, Study, verified
-from runs.plots import COLOURS, LINES, MARKERS, png
+from runs.plots import COLOURS, LINES, MARKERS, png, tiles
 from runs.statistics import clopper_pearson
 
 REWINDINGS = ("imp", "imp-late", "imp-finetune", "imp-finetune-frozen", "imp-aliased")
@@ -37,20 +37,6 @@ def all_figures(studies: Sequence[Study]) -> list[tuple[str, str, bytes]]:
             if made is not None:
                 found.append((f"nrs-{name}{end}.png", f"{caption} {study.title}.", made))
     return found
-
-
-def _canvas(panels: int, width: float = 4.4, height: float = 3.6) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    columns = min(panels, 3)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for axis in axes[panels:]:
-        axis.set_visible(False)
-    return figure, axes[:panels]
 
 
 def _dress(axis: Any, title: str, x: str, y: str) -> None:
@@ -87,7 +73,7 @@ def penalty(product: float, gamma: float) -> float:
 
 def penalties() -> bytes:
     """RSLoss and NRSLoss over stability l u and gamma, and NRSLoss over l and u at four values of gamma."""
-    figure, axes = _canvas(6, 3.6, 3.1)
+    figure, axes = tiles(6, 3.6, 3.1)
     gammas = [0.2 + 1.8 * k / 60 for k in range(61)]
     products = [-4.0 + 6.0 * k / 60 for k in range(61)]
     ends = [-2.0 + 4.0 * k / 60 for k in range(61)]
@@ -124,7 +110,7 @@ def _plot(
     if not panels:
         return None
     labels = list(dict.fromkeys(line.label for group in panels.values() for line in group))
-    figure, axes = _canvas(len(panels))
+    figure, axes = tiles(len(panels))
     for axis, (title, group) in zip(axes, panels.items()):
         for line in group:
             number = labels.index(line.label)
@@ -189,7 +175,7 @@ def instability(study: Study) -> bytes | None:
     if not panels:
         return None
     labels = list(dict.fromkeys(line.label for line in lines))
-    figure, axes = _canvas(len(panels))
+    figure, axes = tiles(len(panels))
     for axis, (title, group) in zip(axes, panels.items()):
         for line in group:
             key = keys[title]
@@ -207,7 +193,7 @@ def consumption(study: Study) -> bytes | None:
     lines = [line for line in study.lines if line.structured and line.steps > 1]
     if not lines:
         return None
-    figure, axes = _canvas(2)
+    figure, axes = tiles(2)
     for number, line in enumerate(lines):
         steps = range(line.steps)
         timing = [[r["bounds"]["crown"]["timing"] for r in line.results(step)] for step in steps]
@@ -238,7 +224,7 @@ def seeds(study: Study) -> bytes | None:
     lines = [line for line in study.lines if len(line.records) > 1 and line.steps > 1]
     if not lines:
         return None
-    figure, axes = _canvas(len(lines))
+    figure, axes = tiles(len(lines))
     for axis, line in zip(axes, lines):
         for number, record in enumerate(line.records):
             values = [

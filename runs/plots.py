@@ -21,18 +21,30 @@ LINES = ("-", "--", ":", "-.")
 FILLS = ("full", "none", "left", "bottom", "right", "top")
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def canvas(columns: int, rows: int, width: float, height: float, extra: float = 0.0) -> tuple[Any, Any]:
+    """A figure and its axes (rows, columns), each `width` by `height` inches, with `extra` inches for what is below."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = 2 if panels == 4 else min(panels, 3)
-    lines = -(-panels // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.3 * lines + 0.9), layout="constrained")
+    figure = Figure(figsize=(width * columns, height * rows + extra), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
-    for axis in axes[panels:]:
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def tiles(
+    count: int, width: float = 4.4, height: float = 3.6, extra: float = 0.0, columns: int = 3
+) -> tuple[Any, list[Any]]:
+    """A figure of so many panels, at most `columns` beside each other; see `canvas`."""
+    columns = min(count, columns)
+    figure, axes = canvas(columns, -(-count // columns), width, height, extra)
+    whole = axes.ravel().tolist()
+    for axis in whole[count:]:
         axis.set_visible(False)
-    return figure, axes[:panels]
+    return figure, whole[:count]
+
+
+def _figure(tables: int) -> tuple[Any, list[Any]]:
+    return tiles(tables, 4.2, 3.3, extra=0.9, columns=2 if tables == 4 else 3)
 
 
 def png(figure: Any) -> bytes:

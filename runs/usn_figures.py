@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from runs.plots import COLOURS, LINES, png
+from runs.plots import COLOURS, LINES, canvas, png
 from runs.store import Record
 from runs.usn_tables import TAU, Line, Study
 
@@ -32,15 +32,6 @@ def all_figures(studies: Sequence[Study]) -> list[tuple[str, str, bytes]]:
     return found
 
 
-def _canvas(columns: int, rows: int, width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
 def _first(study: Study, *labels: str) -> Line | None:
     """A line of one of these variants: the one whose ratio is nearest to 0.2."""
     found = [line for label in labels for line in study.lines if line.label == label]
@@ -60,7 +51,7 @@ def channel_map(study: Study) -> bytes | None:
     if len(lines) < 2:
         return None
     metrics = ("unbiased", "smooth")
-    figure, axes = _canvas(1, len(metrics), 7.5, 0.5 + 0.45 * len(lines))
+    figure, axes = canvas(1, len(metrics), 7.5, 0.5 + 0.45 * len(lines))
     for axis, metric in zip(axes[:, 0], metrics):
         values = [layer(line.records[0])[1][metric] for line in lines]
         image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0)
@@ -81,7 +72,7 @@ def histograms(study: Study) -> bytes | None:
     lines = [line for line in study.lines if line.label in ("vanilla", "none", "usn", "random")]
     if not lines:
         return None
-    figure, axes = _canvas(2, 1, 4.6, 3.6)
+    figure, axes = canvas(2, 1, 4.6, 3.6)
     correct, seconds = axes[0]
     first = study.perturbations[0]
     counts = {line.name: [c for r in line.results(first) for c in right(r)] for line in lines}
@@ -125,7 +116,7 @@ def importance(study: Study) -> bytes | None:
     if not ratios:
         return None
     lines = [line for label in ("usn-w0", "usn") if (line := study.line(label, ratios[-1])) is not None]
-    figure, axes = _canvas(1, 1, 5.2, 3.4)
+    figure, axes = canvas(1, 1, 5.2, 3.4)
     axis = axes[0, 0]
     for i, line in enumerate(lines):
         weight = "0" if line.label == "usn-w0" else "10"
