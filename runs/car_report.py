@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import car_lines, car_tables, grids
+from runs import car_figures, car_lines, car_tables, grids
 from runs.store import Record
 
 if TYPE_CHECKING:
@@ -28,11 +28,6 @@ def show(records: Sequence[Record], folder: Path, formats: Sequence[str], consol
 
 def export(found: Sequence[car_lines.Study], folder: Path, formats: Sequence[str]) -> list[Path]:
     """Write the formats asked for; the page holds the figures, which also lie beside it as PNG files."""
-    figures: list[grids.Figure] = []
-    if "html" in formats:
-        from runs import car_figures
-
-        figures = car_figures.all_figures(found)
     tables = tuple(grid for study in found for grid in car_tables.grids(study))
     page = grids.Page("car", TITLE, tables)
-    return grids.write(page, car_tables.as_csv(found), figures, folder, formats)
+    return grids.write(page, car_tables.as_csv(found), lambda: car_figures.all_figures(found), folder, formats)

@@ -9,7 +9,7 @@ import base64
 import csv
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,10 +119,13 @@ def as_html(page: Page, figures: Sequence[Figure]) -> str:
     return "".join(out) + "\n"
 
 
-def write(page: Page, table: str, figures: Sequence[Figure], folder: Path, formats: Sequence[str]) -> list[Path]:
+def write(
+    page: Page, table: str, figures: Callable[[], Sequence[Figure]], folder: Path, formats: Sequence[str]
+) -> list[Path]:
     """Write ``NAME.md``, ``NAME.csv`` (which is ``table``) and ``NAME.html``, as far as asked for.
 
-    The page holds the figures, which also lie beside it as PNG files. Returns what was written.
+    The page holds the figures, which also lie beside it as PNG files; they are drawn for it alone. Returns what was
+    written.
     """
     files: dict[str, bytes] = {}
     if "md" in formats:
@@ -130,8 +133,9 @@ def write(page: Page, table: str, figures: Sequence[Figure], folder: Path, forma
     if "csv" in formats:
         files[f"{page.name}.csv"] = table.encode()
     if "html" in formats:
-        files |= {name: png for name, _, png in figures}
-        files[f"{page.name}.html"] = as_html(page, figures).encode()
+        drawn = figures()
+        files |= {name: png for name, _, png in drawn}
+        files[f"{page.name}.html"] = as_html(page, drawn).encode()
     for name, content in files.items():
         write_atomic(folder / name, content)
     return [folder / name for name in files]

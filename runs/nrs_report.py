@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import grids, nrs_lines, nrs_records, nrs_tables
+from runs import grids, nrs_figures, nrs_lines, nrs_records, nrs_tables
 from runs.store import Record
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ def show(records: Sequence[Record], folder: Path, formats: Sequence[str], consol
 
 def export(found: Sequence[nrs_lines.Study], folder: Path, formats: Sequence[str]) -> list[Path]:
     """Write the formats asked for; the page holds the figures, which also lie beside it as PNG files."""
-    figures: list[grids.Figure] = []
-    if "html" in formats:
-        from runs import nrs_figures
-
-        figures = nrs_figures.all_figures(found)
     tables = tuple(grid for study in found for grid in nrs_tables.grids(study))
     page = grids.Page("nrs", TITLE, tables)
-    return grids.write(page, nrs_tables.as_csv(found), figures, folder, formats)
+    return grids.write(page, nrs_tables.as_csv(found), lambda: nrs_figures.all_figures(found), folder, formats)

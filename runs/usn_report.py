@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runs import grids, usn_tables
+from runs import grids, usn_figures, usn_tables
 from runs.store import Record
 
 if TYPE_CHECKING:
@@ -29,11 +29,6 @@ def show(records: Sequence[Record], folder: Path, formats: Sequence[str], consol
 
 def export(found: Sequence[usn_tables.Study], folder: Path, formats: Sequence[str]) -> list[Path]:
     """Write the formats asked for; the page holds the figures, which also lie beside it as PNG files."""
-    figures: list[grids.Figure] = []
-    if "html" in formats:
-        from runs import usn_figures
-
-        figures = usn_figures.all_figures(found)
     tables = tuple(grid for study in found for grid in usn_tables.grids(study))
     page = grids.Page("usn", TITLE, tables, NOTE)
-    return grids.write(page, usn_tables.as_csv(found), figures, folder, formats)
+    return grids.write(page, usn_tables.as_csv(found), lambda: usn_figures.all_figures(found), folder, formats)
