@@ -35,7 +35,10 @@ class Effort:
 
 @dataclass
 class Finding:
-    """What came out for one cell. ``breaks`` contradict its verdicts, ``problems`` kept it from being checked."""
+    """What came out for one cell. ``breaks`` contradict its verdicts, ``problems`` kept it from being checked.
+
+    ``lost`` VIOLATED have no counterexample on record, and none was found again; nor were they proved to hold.
+    """
 
     holds: int = 0
     violated: int = 0
@@ -43,6 +46,7 @@ class Finding:
     rounding: int = 0
     crossed: int = 0
     confirmed: int = 0
+    lost: int = 0
     breaks: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     complete: bool = False
@@ -54,6 +58,8 @@ class Finding:
         parts = [f"{self.holds} HOLDS and {self.violated} VIOLATED, {self.probes:,} probes"]
         if self.crossed:
             parts.append(f"auto-LiRPA proves {self.confirmed} of {self.crossed}")
+        if self.lost:
+            parts.append(f"{self.lost} VIOLATED not found again, which decides nothing")
         if self.rounding:
             parts.append(f"{self.rounding} within rounding of zero")
         parts.append(f"{len(self.breaks)} BREAKS: " + "; ".join(self.breaks) if self.breaks else "no break")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import certify
 from certify.perturbations import AffineFamily, Perturbation
-from runs import measure
+from runs import measure, witness
 from runs.cell import Verifier
 
 METHOD = "deviation"
@@ -101,6 +101,7 @@ def verdicts(
                 "visible": _bits(seen[i]),
                 "verified_keypoints": _bits(kept[i]),
                 "correct": {f"{tau:g}": _bits(error[i] <= tau) for tau in TAUS},
+                **witness.kept(found, i),
             }
         )
     return rows

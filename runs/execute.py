@@ -52,6 +52,7 @@ from runs import (
     nrs_states,
     nrs_warmup,
     pretrained,
+    witness,
 )
 from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier, recorded_by_state
 from runs.packages import ours
@@ -556,6 +557,8 @@ def verdicts(
             "method": found.method,
             "seconds": seconds,
             "peak_mb": peak.mb,
+            # What the network gets wrong unperturbed needs no counterexample.
+            **(witness.kept(found, i) if value or pack.task == "keypoints" else {}),
         }
         for i, (value, status, lower, seconds, count) in enumerate(columns)
     ]

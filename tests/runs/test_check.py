@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 
 import certify
 from certify import lirpa
-from runs import check, checked, compare, execute, measure
+from runs import check, checked, compare, execute, measure, witness
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, settings
 from runs.checked import Effort, Finding, OutOfTime
 from runs.engine import SerialEngine
 from runs.progress import Silent
-from runs.reattack import Question, require_members, search
+from runs.reattack import Question, Worst, require_members, search
 from runs.store import Store, append_lines, seal
 from tests.runs.handmade import make_cell
 
@@ -158,6 +159,47 @@ def test_true_verdicts_stand_and_forged_ones_break(kind: Any) -> None:
             assert line.startswith(f"image {i} under p")
             assert ("HOLDS on record, but the margin is -" in line) == (s != "holds")
         assert set(status) == ({"holds"} if radius == 0.01 else {"violated"})
+
+
+@pytest.mark.parametrize("kind", [certify.Linf, certify.L2, certify.Brightness, certify.BrightnessContrast])
+def test_a_counterexample_on_record_is_replayed(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = question(kind(*[0.9] * (2 if kind is certify.BrightnessContrast else 1)))
+    truth = certify.verify(q.model, q.x, q.spec, q.p, method="auto")
+    rows = [row(i, "violated", **witness.kept(truth, i)) for i in range(3)]
+    assert all(json.loads(json.dumps(r)) == r and witness.KEY in r for r in rows)
+    monkeypatch.setattr(check, "search", None)  # nothing is searched
+    monkeypatch.setattr(certify, "verify", None)
+    out = examined(q, rows)
+    assert (out.breaks, out.violated, out.probes) == ([], 3, 3)
+    tiny = {"parameters": [1e-4] * getattr(q.p, "parameters", 0)}
+    if not getattr(q.p, "parameters", 0):
+        image = truth.counterexamples.clone()
+        image[1] = q.x[1] + 1e-4
+        tiny = witness.kept(dataclasses.replace(truth, counterexamples=image), 1)[witness.KEY]
+    (line,) = examined(q, [rows[0], rows[1] | {witness.KEY: tiny}, rows[2]]).breaks
+    assert line.startswith("image 1 under p is VIOLATED on record, but its counterexample has the margin 0.")
+
+
+def test_a_counterexample_outside_of_the_set_is_refused() -> None:
+    q = question(certify.Brightness(0.1), n=1)
+    with pytest.raises(ValueError, match=r"image 4 lies outside of Brightness\(0\.1\)"):
+        witness.given({"index": 4, witness.KEY: {"parameters": [0.2]}}, q.p, q.x)
+    with pytest.raises(ValueError, match="has parameters, but Linf"):
+        witness.given({"index": 4, witness.KEY: {"parameters": [0.2]}}, certify.Linf(0.1), q.x)
+    with pytest.raises(ValueError, match="has 1 values, not 4"):
+        witness.given({"index": 4, witness.KEY: {"image": "AAAAAA=="}}, certify.Linf(0.1), q.x)
+    assert witness.given({"index": 4}, q.p, q.x) is None
+
+
+def test_a_counterexample_that_is_not_found_again_is_no_break(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = question(certify.Linf(0.9))
+    unknown = certify.verify(q.model, q.x, q.spec, q.p, method="ibp", attack=False)
+    assert set(unknown.status.tolist()) == {certify.Status.UNKNOWN}
+    monkeypatch.setattr(check, "search", lambda q, *rest: Worst(torch.ones(len(q.x)), q.x))
+    monkeypatch.setattr(certify, "verify", lambda *a, **k: unknown)
+    out = examined(q, [row(i, "violated") for i in range(3)])
+    assert (out.breaks, out.violated, out.lost) == ([], 3, 3)
+    assert "3 VIOLATED not found again, which decides nothing" in out.line()
 
 
 def test_a_certified_margin_that_is_undercut_is_a_break() -> None:
