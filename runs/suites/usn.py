@@ -79,7 +79,7 @@ def variant(pruning: Pruning) -> str:
     prune = str(given.get("prune", "high"))
     if weight == 0.0 and given.get("lambda_u") == 0.0 and given.get("lambda_s") == 0.0:
         if pruning.ratio:
-            return f"{prune} without USN losses"
+            return f"{'usn' if prune == 'high' else prune} without USN losses"
         return "vanilla" if given.get("task_on") == "clean" else "augmented"
     ramp = " progressive" if given.get("lambda_w_ramp") == "progressive" else ""
     name = {"high": "usn"}.get(prune, prune) if pruning.ratio else "none"
@@ -278,6 +278,29 @@ def strength() -> Preset:
     )
 
 
+def selection() -> Preset:
+    """Study: the choice of channels alone: task loss only, ratios 0.2 and 0.5, three seeds, beside vanilla."""
+    block = _quick_block({}, (0, 1, 2), Network("cnn7_cw", width=0.25))
+    bare: dict[str, Value] = {**SHORT, "lambda_u": 0.0, "lambda_s": 0.0, "lambda_w": 0.0}
+    # Only the metrics need copies of the images.
+    chosen = tuple(
+        Rule("usn", (0.2, 0.5), settings(**bare, prune=prune), cost, name)
+        for name, prune, cost in (
+            ("usn", "high", CLEAN_QUARTER),
+            ("random", "random", 1.0),
+            ("magnitude", "magnitude", 1.0),
+        )
+    )
+    return Preset(
+        name="selection",
+        hardware="two CPU cores",
+        at_once=2,
+        expectation="if the metrics find the unstable channels, usn moves less than random at the same ratio",
+        blocks=(replace(block, rules=(*_rules({"vanilla": ()}, CLEAN_QUARTER, **SHORT), *chosen)),),
+        default=("aircraft",),
+    )
+
+
 def joint() -> Preset:
     """Study: the networks of quick under brightness and contrast at once, two parameters decided together."""
     return _again("joint", (JOINT,), "nearly all images hold at 1 px", 25.0)
@@ -359,6 +382,7 @@ PRESETS: Mapping[str, Callable[[], Preset]] = {
     "paper": paper,
     "lambda": lambda_w,
     "strength": strength,
+    "selection": selection,
     "joint": joint,
     "geometric": geometric,
     "incomplete": incomplete,

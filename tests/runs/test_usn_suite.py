@@ -46,6 +46,8 @@ def test_other_weights_are_spelled_out() -> None:
     assert usn.variant(Pruning("usn", 0.0, stronger)) == "none λ_u=0.1"
     bare = settings(lambda_u=0.0, lambda_s=0.0, lambda_w=0.0, prune="random")
     assert usn.variant(Pruning("usn", 0.1, bare)) == "random without USN losses"
+    chosen = settings(lambda_u=0.0, lambda_s=0.0, lambda_w=0.0, prune="high")
+    assert usn.variant(Pruning("usn", 0.1, chosen)) == "usn without USN losses"
     assert Pruning("magnitude", 0.5).label == "magnitude"
 
 
