@@ -164,14 +164,13 @@ def draws(edit: Edit, indices: Sequence[int], split: str, *, stored: bool = True
     return semantic.Draws(edit, indices=indices, store=store)
 
 
-def augmented(pack: Any, named: Perturb, count: int, root: Path | None) -> Any:
+def augmented(pack: Any, named: Perturb, count: int, root: Path | None, device: torch.device) -> Any:
     """The training ``pack`` followed by ``count`` edited images (`datasets.semantic.augment`), as it is for none.
 
-    The generator of a "diffae" edit runs where a GPU is there, on it.
+    The generator of a "diffae" edit runs on ``device``.
     """
     if count == 0:
         return pack
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     edit = transform(named, pack, root, device)
     store = None
     if edit.describe()["kind"] == "diffae":  # rendering is cheaper than keeping

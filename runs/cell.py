@@ -109,6 +109,10 @@ class Training:
         """Short name for tables: ``natural``, ``ibp 0.1``, ``ibp 2/255``."""
         return self.objective if self.eps is None else f"{self.objective} {magnitude_text(self.eps)}"
 
+    def in_all(self, epochs: int) -> dict[str, Any]:
+        """What networks share that were trained alike for as many epochs in all, however these were divided up."""
+        return {**_part(self), "epochs": None, "epochs in all": epochs}
+
 
 @dataclass(frozen=True)
 class Network:

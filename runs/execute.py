@@ -77,9 +77,10 @@ class Packs:
 
 @dataclass
 class Library:
-    """Data sets that this process has loaded; consecutive cells share them."""
+    """Data sets that this process has loaded; consecutive cells share them. Edits are generated on ``device``."""
 
     root: Path | None
+    device: torch.device
     loaded: dict[tuple[Data, int | None], Packs] = field(default_factory=dict)
 
     def get(self, data: Data, images: int | None, tell: Callable[[int, int], None]) -> Packs:
@@ -99,7 +100,7 @@ class Library:
             self.loaded.clear()  # one data set at a time in memory
             train = split("train", data.limit)
             if data.edits is not None:
-                train = car_edits.augmented(train, data.edits, data.edited, self.root)
+                train = car_edits.augmented(train, data.edits, data.edited, self.root, self.device)
             self.loaded[key] = Packs(train, split("val", data.val_limit), split("test", images))
         return self.loaded[key]
 
@@ -120,7 +121,8 @@ class Execute:
             ValueError: the device is unknown or not there.
         """
         torch.set_num_threads(threads or measure.available_cores())
-        return cls(resolve_device(device), Library(data_dir), store)
+        place = resolve_device(device)
+        return cls(place, Library(data_dir, place), store)
 
     @staticmethod
     def factory(device: str, *, threads: int | None, data_dir: Path | None, store: Store) -> Callable[[], Execute]:

@@ -218,9 +218,8 @@ def _training_id(group: Sequence[_Measured]) -> str:
 
 def _budget_id(group: Sequence[_Measured]) -> str | None:
     """What rows share that were trained alike for the same epochs in all, however a method divides those up."""
-    training = group[0].cell.training
     budget = _budget(group)
-    return None if budget is None else digest([training.label, training.batch_size, dict(training.settings), budget])
+    return None if budget is None else digest(group[0].cell.training.in_all(budget))
 
 
 def _budget(group: Sequence[_Measured]) -> int | None:

@@ -84,7 +84,7 @@ def _budget(same: Mapping[str, Any], cell: Cell, record: Record) -> str | None:
     total = record.get("training", {}).get("epochs")
     if total is None or recorded_by_state(cell.pruning):
         return None
-    return digest({**same, "training": {**same["training"], "epochs": None}, "epochs in all": total})
+    return digest({**same, "training": cell.training.in_all(total)})
 
 
 def picked(*methods: str, training: Iterable[str] = (), ratios: Iterable[float] = (), data: str = "") -> Pick:

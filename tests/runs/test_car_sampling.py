@@ -119,9 +119,9 @@ def test_a_missing_generator_says_where_and_how(flowers: Any, tmp_path: Path) ->
 
 def test_paired_batches_bring_each_edit_to_its_original() -> None:
     pack = datasets.load("scenes_flowers", split="train", limit=8, image_size=16, workers=1)
-    more = car_edits.augmented(pack, SUN, 5, None)
+    more = car_edits.augmented(pack, SUN, 5, None, torch.device("cpu"))
     assert (len(more), car_edits.originals(more)) == (13, 8)
-    assert car_edits.augmented(pack, SUN, 0, None) is pack
+    assert car_edits.augmented(pack, SUN, 0, None, torch.device("cpu")) is pack
     batches = car_edits.paired_batches(more, 4, device=torch.device("cpu"), seed=0, augment=None)
     assert sum(len(x) for x, _ in batches) == 13
     paired = [y for _, y in batches.pairs()]
