@@ -8,8 +8,6 @@ from enum import Enum
 
 from runs.claims.observation import Observation, observations
 from runs.claims.questions import SEEDS, Evidence, Question
-from runs.claims.sampled import is_sampled
-from runs.paper import CAR
 from runs.statistics import holm
 from runs.store import Record
 
@@ -95,8 +93,7 @@ def evaluate(claims: Sequence[Claim], records: Iterable[Record]) -> list[Answer]
         ValueError: a record's cell cannot be read.
     """
     found: list[Observation] = observations(records)
-    exact = [one for one in found if not is_sampled(one)]  # the other two papers verify, they do not sample
-    asked = [claim.question.ask(found if claim.paper == CAR else exact) for claim in claims]
+    asked = [claim.question.ask(found) for claim in claims]
     adjusted = iter(holm([evidence.p for evidence in asked if evidence is not None]))
     return [
         _answer(claim, evidence, None if evidence is None else next(adjusted)) for claim, evidence in zip(claims, asked)

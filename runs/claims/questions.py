@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from runs.claims.observation import Observation, Pick, Value
@@ -214,14 +214,17 @@ class MatchesSomewhere:
 
 @dataclass(frozen=True)
 class Exceeds:
-    """A number of the networks chosen is above zero: Student's test over seeds."""
+    """The networks chosen verify more images than another verifier does on the same networks.
+
+    ``other`` gives that verifier's verdicts, a bit per image, or None where a record has none.
+    """
 
     pick: Pick
-    value: Value
+    other: Callable[[Observation], str | None]
 
     def ask(self, found: Sequence[Observation]) -> Evidence | None:
-        values = [(one.seed, self.value(one)) for one in found if self.pick(one)]
-        return by_seed((seed, value) for seed, value in values if value is not None)
+        asked = [(one, self.other(one)) for one in found if self.pick(one)]
+        return by_image([(one, replace(one, bits=bits)) for one, bits in asked if bits is not None])
 
 
 @dataclass(frozen=True)

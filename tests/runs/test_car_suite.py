@@ -16,7 +16,7 @@ from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, from_dict
 from runs.claims.catalogue import CLAIMS
 from runs.claims.claim import evaluate
 from runs.claims.observation import observations
-from runs.claims.sampled import Sampled, edited
+from runs.claims.scope import Sampled, edited
 from runs.execute import build_config
 from runs.statistics import clopper_pearson
 from runs.store import Record

@@ -7,10 +7,10 @@ import json
 import math
 
 import pytest
-from handmade import make_cell, make_record
+from handmade import LINF, make_cell, make_record
 
 from runs import paper
-from runs.cell import Perturb, Pruning, Training, settings
+from runs.cell import Perturb, Pruning, Training, Verifier, settings
 from runs.claims import CLAIMS, Claim, evaluate, export, print_terminal, printed
 from runs.claims.claim import Finding, Verdict
 from runs.claims.observation import observations, picked
@@ -28,6 +28,7 @@ from runs.claims.show import evidence_text
 from runs.statistics import sign_test
 
 SEEDS = (0, 1, 2)
+BRIGHTNESS = Perturb("brightness", 2 / 255)
 
 
 def by_id(name: str) -> Claim:
@@ -160,12 +161,61 @@ def test_trends_and_gains():
     assert Falls(picked("imp"), lambda one: -one.ratio).ask(seen).difference == 1.0
     assert Falls(picked("imp"), lambda one: -one.ratio, rises=True).ask(seen).difference == -1.0
     assert Falls(picked("dense"), lambda one: 1.0).ask(seen) is None  # one ratio is no trend
-    assert Exceeds(picked("imp"), lambda one: 2.0).ask(seen).difference == 2.0
     low, high = Perturb("contrast", 0.01), Perturb("contrast", 0.05)
     records = found({("imp", 0.5): "1110000000", ("random", 0.5): "0" * 10}, perturbations=(high,))
     records += found({("imp", 0.5): "1000000000", ("random", 0.5): "0" * 10}, perturbations=(low,))
     gains = Gains(picked("imp"), picked("random"), lambda one: one.perturbation == "contrast 0.05")
     assert gains.ask(observations(records)).difference == pytest.approx(0.2)
+
+
+def test_one_verifier_is_held_against_another_image_by_image():
+    seen = observations(found({("imp", 0.5): "1110000000", ("dense", 0.0): "1" * 10}))
+    evidence = Exceeds(picked("imp"), lambda one: "1000000000").ask(seen)
+    assert (evidence.difference, evidence.units, evidence.seeds) == (pytest.approx(0.2), 10, 3)
+    assert Exceeds(picked("imp"), lambda one: None).ask(seen) is None
+
+
+def test_the_numbers_that_the_nrs_claims_read_are_those_that_its_suite_records():
+    def records(name, mean, crown):
+        made = found({(name, 0.5): "1110000000"}, training=Training("ibp", epochs=2, eps=0.1), perturbations=(LINF,))
+        own = {
+            "stability": {"pre_activation": {"mean": mean}},
+            "bounds": {"ibp": {"bits": "1" + "0" * 9}, "crown": crown},
+        }
+        return [{**record, "results": [record["results"][0] | own]} for record in made]
+
+    both = records("imp", -0.8, {"bits": "01" + "0" * 8}) + records("imp+nrs", -0.9, None)
+    by_name = {answer.claim.id: answer for answer in evaluate(CLAIMS, both)}
+    assert by_name["NRS-11"].evidence.difference == pytest.approx(0.1)
+    assert by_name["NRS-16"].evidence.difference == pytest.approx((0.1 + 0.2) / 2)
+
+
+def test_claims_are_put_to_the_perturbations_that_they_are_about():
+    def verdict(name, *, eps, **changes):
+        training = Training("ibp", epochs=2, eps=eps)
+        first, second = ("usn", "random-channels") if name == "USN-1" else ("imp", "dense")
+        ratios = {"usn": 0.2, "random-channels": 0.2, "imp": 0.5, "dense": 0.0}
+        records = [
+            make_record(make_cell(method, ratios[method], seed, training=training, **changes), bits)
+            for method, bits in ((first, "1" * 10), (second, "0" * 10))
+            for seed in SEEDS
+        ]
+        return evaluate([by_id(name)], records)[0].verdict
+
+    narrow = Perturb("linf", 2 / 255)
+    for name, perturbation, eps, wanted in (
+        ("USN-1", BRIGHTNESS, 0.1, Verdict.SUPPORTED),
+        ("USN-1", LINF, 0.1, Verdict.NOT_RUN),
+        ("NRS-2", LINF, 0.1, Verdict.SUPPORTED),
+        ("NRS-2", narrow, 0.1, Verdict.NOT_RUN),  # not the radius of the training
+        ("NRS-2", BRIGHTNESS, 0.1, Verdict.NOT_RUN),
+        ("NRS-17", LINF, 0.1, Verdict.NOT_RUN),  # is about 8/255
+        ("NRS-17", Perturb("linf", 8 / 255), 8 / 255, Verdict.SUPPORTED),
+        ("NRS-18", LINF, 0.1, Verdict.SUPPORTED),
+    ):
+        assert verdict(name, eps=eps, perturbations=(perturbation,)) is wanted, (name, perturbation)
+    sampled = Verifier("probabilistic", images=10)
+    assert verdict("USN-1", eps=None, perturbations=(BRIGHTNESS,), verifier=sampled) is Verdict.NOT_RUN
 
 
 def test_most_methods_match():
@@ -187,7 +237,8 @@ def test_usn_claims_read_variants():
 
     def cell(variant, ratio, seed):
         own = settings(lambda_w=10.0, prune={"usn": "high", "random": "random"}[variant])
-        return make_cell(seed=seed, training=training, pruning=Pruning("usn", ratio, own))
+        pruning = Pruning("usn", ratio, own)
+        return make_cell(seed=seed, training=training, pruning=pruning, perturbations=(BRIGHTNESS,))
 
     records = [make_record(cell("usn", 0.2, seed), "1" * 10) for seed in SEEDS]
     records += [make_record(cell("random", 0.2, seed), "0" * 10) for seed in SEEDS]
@@ -197,12 +248,13 @@ def test_usn_claims_read_variants():
 
 
 def test_random_weights_are_not_the_random_channels_of_the_claim():
-    records = [make_record(make_cell("usn", 0.2, seed), "1" * 10) for seed in SEEDS]
-    weights = [make_record(make_cell("random", 0.2, seed), "0" * 10) for seed in SEEDS]
+    under = (BRIGHTNESS,)
+    records = [make_record(make_cell("usn", 0.2, seed, perturbations=under), "1" * 10) for seed in SEEDS]
+    weights = [make_record(make_cell("random", 0.2, seed, perturbations=under), "0" * 10) for seed in SEEDS]
     (answer,) = evaluate([by_id("USN-1")], records + weights)
     assert answer.verdict is Verdict.NOT_RUN
     own = Pruning("random", 0.2, settings(structured=True))
-    channels = [make_record(make_cell(seed=seed, pruning=own), "0" * 10) for seed in SEEDS]
+    channels = [make_record(make_cell(seed=seed, pruning=own, perturbations=under), "0" * 10) for seed in SEEDS]
     (answer,) = evaluate([by_id("USN-1")], records + weights + channels)
     assert answer.verdict is Verdict.SUPPORTED
     assert answer.evidence is not None

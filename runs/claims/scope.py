@@ -1,7 +1,8 @@
-"""Questions about networks that are certified by sampling, whose rows differ in training as well as in pruning."""
+"""Which records a question is put to: a claim is about some perturbations and about one kind of certificate."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +19,33 @@ def is_sampled(one: Observation) -> bool:
 
 
 @dataclass(frozen=True)
+class Under:
+    """A question put to verdicts that rest on bounds, under some kinds of perturbations alone.
+
+    With ``radii`` only under those of these sizes; with ``trained`` only at the radius of the training.
+    """
+
+    question: Question
+    kinds: tuple[str, ...]
+    radii: tuple[float, ...] = ()
+    trained: bool = False
+
+    def ask(self, found: Sequence[Observation]) -> Evidence | None:
+        return self.question.ask([one for one in found if self._applies(one)])
+
+    def _applies(self, one: Observation) -> bool:
+        radius, eps = one.result["magnitude"], one.record["cell"]["training"]["eps"]
+        return (
+            not is_sampled(one)
+            and one.kind in self.kinds
+            and (not self.radii or any(math.isclose(radius, own) for own in self.radii))
+            and (not self.trained or (eps is not None and math.isclose(radius, eps)))
+        )
+
+
+@dataclass(frozen=True)
 class Sampled:
-    """A question put to sampled certificates alone.
+    """A question put to sampled certificates alone, whose rows differ in training as well as in pruning.
 
     The rows of the CAR paper are trainings and prunings together, so networks are compared whose training differs. With
     ``edits_differ`` they share training, method and ratio instead, and differ in how many edited images they train on.
