@@ -84,7 +84,7 @@ def transform(named: Perturb, pack: Any, root: Path | None, device: torch.device
     if not named.magnitude > 0:
         raise ValueError(f"{named.label}: an edit needs a magnitude > 0")
     if named.kind in _SYMMETRIC:
-        return Line(named, measure.perturbation(named.kind, named.magnitude))
+        return Line(named, measure.perturbation(named))
     if named.kind not in SEMANTIC:
         raise ValueError(
             f"{named.kind} is no change of one attribute, so images cannot be edited by it; "

@@ -156,7 +156,7 @@ def _law(
 ) -> tuple[Any, Mapping[str, Any]]:
     """What `certify.estimate` draws from, and what the record says of it."""
     if named.kind not in SEMANTIC:
-        p = measure.perturbation(named.kind, named.magnitude)
+        p = measure.perturbation(named)
         return p, {"transform": {"kind": "perturbation", "name": p.describe()}, "generator": None}
     edit = car_edits.transform(named, pack, root, x.device)
     said = car_edits.stated(edit)

@@ -231,7 +231,7 @@ class Checker:
         groups = _verdicts(slot, record)
         pack = self._images(record, cell)
         x, y = pack.tensors(torch.arange(min(cell.verifier.images, len(pack))), device=self.device)
-        perturbations = {p.label: measure.perturbation(p.kind, p.magnitude) for p in cell.perturbations}
+        perturbations = {p.label: measure.perturbation(p) for p in cell.perturbations}
         loaded: tuple[int | None, nn.Module] | None = None
         for (state, label), rows in groups.items():
             if loaded is None or loaded[0] != state:

@@ -8,12 +8,8 @@ numbers are those of an uninterrupted one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import inspect
-import math
 import shutil
-import statistics as stdlib_statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,49 +17,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import certify
-import methods
 import models
-from certify.perturbations import Perturbation
 from methods import masks
-from methods.hydra import SearchConfig
-from methods.training.config import TrainingConfig
-from methods.training.crown_ibp import CROWNIBP
-from methods.training.fast_ibp import fast_ibp
-from methods.training.fgsm import FGSM
-from methods.training.ibp import IBP
-from methods.training.natural import Natural
-from methods.training.objective import Objective
-from methods.training.pgd import PGD
-from methods.training.stability import NRSLoss, RSLoss
-from methods.training.trades import TRADES
 from runs import (
     car_edits,
     car_measure,
-    car_methods,
     car_sampling,
+    certification,
     channels,
-    deviations,
-    matching,
+    configure,
     measure,
     nrs_records,
     nrs_states,
     nrs_warmup,
     pretrained,
-    witness,
 )
-from runs.cell import SCHEMA, Cell, Data, Perturb, Training, Verifier, recorded_by_state
+from runs.cell import SCHEMA, Cell, Data, recorded_by_state
 from runs.packages import ours
 from runs.progress import Progress
 from runs.sampled import beside
 from runs.shifts import Shifted
 from runs.store import DONE, Record, Slot, Store, file_sha256
 from runs.suites import car
-
-BATCH = 20
-"""Images whose verdicts are written together."""
 
 
 @dataclass(frozen=True)
@@ -188,11 +165,15 @@ class Execute:
             car_sampling.current(slot.examples(), p, packs.test, root, self.device) for p in cell.perturbations
         ):
             slot.clear_examples()
-        results = [
-            certify_one(cell, perturbation, model, x, y, packs.test, slot, position, progress, root=root)
-            | ({} if sampled else beside(cell.verifier, packs.test.task, _perturbation(perturbation), model, x, y))
-            for position, perturbation in enumerate(cell.perturbations)
-        ]
+        results = []
+        for position, perturbation in enumerate(cell.perturbations):
+            result = certification.certify_one(
+                cell, perturbation, model, x, y, packs.test, slot, position, progress, root=root
+            )
+            if not sampled:
+                p = measure.perturbation(perturbation)
+                result |= beside(cell.verifier, packs.test.task, p, model, x, y)
+            results.append(result)
         more: dict[str, Any] = {}
         if sampled:
             points = car_sampling.sampling(cell.verifier).landscape
@@ -218,17 +199,18 @@ class Execute:
             index = line["index"]
             model, mask = nrs_states.load(slot.path, index, self.device)
             recipe = model.recipe.to_dict()
-            small = nrs_states.without_pruned(model, mask, x, _perturbation(cell.perturbations[0]))
+            small = nrs_states.without_pruned(model, mask, x, measure.perturbation(cell.perturbations[0]))
             results: list[dict[str, Any]] = []
             for perturbation in cell.perturbations:
-                result = certify_one(
+                result = certification.certify_one(
                     cell, perturbation, small.network, x, y, packs.test, slot,
                     index * len(cell.perturbations) + len(results), progress, index, len(trained["states"]),
                 )  # fmt: skip
                 tag = {"perturbation": perturbation.label, "state": index, "event": "measured"}
                 rows = [row for row in slot.examples() if row.items() >= tag.items()]
                 if not rows:
-                    measured = nrs_states.measured(cell, model, small.network, _perturbation(perturbation), test, val)
+                    p = measure.perturbation(perturbation)
+                    measured = nrs_states.measured(cell, model, small.network, p, test, val)
                     rows = [{**tag, "data": packs.test.fingerprint, "measured": measured}]
                     slot.append_examples(rows)
                 results.append(result | rows[0]["measured"])
@@ -244,7 +226,7 @@ class Execute:
         """What the USN metrics say of each channel of the finished network, on validation images."""
         if cell.pruning.method != "usn":
             return {}
-        return {"channels": channels.describe(build_config(cell), model, mask, packs.val, self.device)}
+        return {"channels": channels.describe(configure.build_config(cell), model, mask, packs.val, self.device)}
 
     def _trained(
         self, cell: Cell, slot: Slot, packs: Packs, fingerprints: dict[str, str], progress: Progress
@@ -282,8 +264,8 @@ class Execute:
             seed=cell.seed,
         )
         network = nrs_warmup.prepare(network, cell.training.objective, cell.seed).to(self.device)
-        method = nrs_states.method(cell) if by_state else build_method(cell, network, packs.train)
-        total = total_epochs(method.config)
+        method = nrs_states.method(cell) if by_state else configure.build_method(cell, network, packs.train)
+        total = configure.total_epochs(method.config)
         epochs_done = 0
 
         def tell(model: nn.Module, record: object) -> None:
@@ -336,7 +318,7 @@ class Execute:
                 "phases": list(outcome.history.phases),
                 "validation": dict(selected.validation) if selected else {},
                 "timing": {"seconds": outcome.history.seconds, "peak_mb": peak.mb},
-                **({"channel_ratio": method.config.ratio} if match(cell) else {}),
+                **({"channel_ratio": method.config.ratio} if configure.match(cell) else {}),
                 **remarks(outcome),
             },
             **({"states": states} if by_state else {}),
@@ -375,237 +357,10 @@ def test_images(cell: Cell) -> int | None:
     return nrs_states.test_images(cell.verifier) if recorded_by_state(cell.pruning) else cell.verifier.images
 
 
-def _perturbation(named: Perturb) -> Perturbation:
-    return measure.perturbation(named.kind, named.magnitude)
-
-
-OBJECTIVES: dict[str, Callable[..., Objective]] = {
-    "natural": Natural,
-    "fgsm": FGSM,
-    "pgd": PGD,
-    "trades": TRADES,
-    "ibp": IBP,
-    "crown-ibp": CROWNIBP,
-    "fast-ibp": fast_ibp,
-}
-"""Trainings that a cell can name."""
-
-PENALTIES: dict[str, Callable[[], NRSLoss | RSLoss]] = {"nrs": NRSLoss, "rs": RSLoss}
-"""Stability penalties that a cell can name."""
-
-
-def build_objective(training: Training, own: dict[str, Any]) -> Objective:
-    """The training objective by name.
-
-    Raises:
-        ValueError: unknown name or setting, or a radius missing or given where there is none.
-    """
-    from runs.suites.plan import check
-
-    check("training", training.objective, OBJECTIVES)
-    kind = OBJECTIVES[training.objective]
-    known = inspect.signature(kind).parameters
-    if ("eps" in known) != (training.eps is not None):
-        need = "needs a radius (eps)" if "eps" in known else "takes no radius (eps)"
-        raise ValueError(f"training {training.objective!r} {need}, got eps={training.eps}")
-    for name in own:
-        check(f"setting of training {training.objective}", name, (n for n in known if n != "eps"))
-    return kind(**own, **({"eps": training.eps} if "eps" in known else {}))
-
-
-def build_config(cell: Cell) -> Any:
-    """The method's configuration. Settings of the training go to its fields, or to those of its objective.
-
-    A setting ``match`` of the pruning is not among them: see `runs.matching`.
-
-    Raises:
-        ValueError: a setting that neither has.
-    """
-    from runs.suites.plan import check
-
-    _, config_class = methods.get(cell.pruning.method)
-    training_fields = {item.name for item in dataclasses.fields(TrainingConfig)} - {"objective"}
-    given: dict[str, Any] = dict(cell.training.settings)
-    objective = build_objective(cell.training, {k: v for k, v in given.items() if k not in training_fields})
-    training = TrainingConfig(objective=objective, **{k: v for k, v in given.items() if k in training_fields})
-    fields = {item.name for item in dataclasses.fields(config_class)}
-    own = car_methods.fields(
-        cell.pruning.method, {name: value for name, value in cell.pruning.settings if name != "match"}
-    )
-    if unknown := sorted(set(own) - fields):
-        raise ValueError(f"{config_class.__name__} has no field {unknown[0]!r}; it has {', '.join(sorted(fields))}")
-    if isinstance(layers := own.get("layers"), str):
-        own["layers"] = tuple(layers.split("+"))
-    for name in ("perturbation", "transform"):
-        if isinstance(named := own.get(name), str):
-            wanted = Perturb.parse(named)
-            own[name] = measure.perturbation(wanted.kind, wanted.magnitude)
-    if isinstance(named := own.get("penalty"), str):
-        check("stability penalty", named, PENALTIES)
-        own["penalty"] = PENALTIES[named]()
-    if isinstance(epochs := own.get("search"), int):
-        own["search"] = SearchConfig(epochs)
-    return config_class(ratio=cell.pruning.ratio, epochs=cell.training.epochs, training=training, **own)
-
-
-def match(cell: Cell) -> str | None:
-    """What a cell's ratio is a share of where it is not one of weights or channels: see `runs.matching`."""
-    value = dict(cell.pruning.settings).get("match")
-    return None if value is None else str(value)
-
-
-def build_method(cell: Cell, network: nn.Module, train: Any) -> Any:
-    """The method of a cell, ready to run on `network`; a ratio to be matched becomes one of channels."""
-    kind, config = methods.get(cell.pruning.method)[0], build_config(cell)
-    if (wanted := match(cell)) is not None:
-        device = next(network.parameters()).device
-        config = matching.matched(config, wanted, network, train.tensors([0], device=device)[0])
-    return kind(config)
-
-
-def total_epochs(config: Any) -> int:
-    """Epochs that a configuration pays for in all."""
-    total = getattr(config, "total_epochs", None)
-    return int(total) if total is not None else int(config.epochs + getattr(config, "finetune_epochs", 0))
-
-
 def remarks(outcome: Any) -> dict[str, Any]:
     """What a method says of its own outcome: whether the network predicts a constant, and what was changed."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name in ("collapsed", "notes", "ratio", "before", "after", "density_all")
         if (value := getattr(outcome, name, None)) is not None
-    }
-
-
-def certify_one(
-    cell: Cell,
-    perturbation: Perturb,
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    pack: Any,
-    slot: Slot,
-    position: int,
-    progress: Progress,
-    state: int | None = None,
-    states: int = 1,
-    root: Path | None = None,
-) -> dict[str, Any]:
-    """Verdicts on all images ``x`` (N, C, H, W) of the test ``pack`` under one perturbation, and their summary.
-
-    ``state`` numbers the network in a run that has ``states`` of them; its rows say so. ``root`` is the data directory.
-    """
-    label = perturbation.label
-    rows = slot.examples()
-    own = [r for r in rows if r["perturbation"] == label and r.get("state") == state and "event" not in r]
-    whole = len(own) if len(own) == len(x) else len(own) - len(own) % BATCH
-    if whole != len(own):  # a batch that was torn apart is done again as a whole, with the same numbers
-        slot.keep_examples(len(rows) - (len(own) - whole))
-        own = own[:whole]
-    total = states * len(cell.perturbations) * len(x)
-    for start in range(whole, len(x), BATCH):
-        progress.step(cell, f"certifying {label}", position * len(x) + start, total)
-        batch = slice(start, start + BATCH)
-        fresh = verdicts(cell, perturbation, model, x[batch], y[batch], pack, start, root)
-        fresh = [row if state is None else {**row, "state": state} for row in fresh]
-        slot.append_examples(fresh)
-        own += fresh
-    if cell.verifier.method == car.METHOD:
-        return car_sampling.summarise(perturbation, own, cell.verifier)
-    result = summarise(perturbation, own, pack.task)
-    if cell.verifier.method == deviations.METHOD:
-        result |= deviations.summarise(own, cell.verifier.delta)
-    return result
-
-
-def verdicts(
-    cell: Cell, perturbation: Perturb, model: nn.Module, x: Tensor, y: Tensor, pack: Any, start: int,
-    root: Path | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """One row per image: clean result, verdict, certified margin, unstable ReLUs, seconds, peak memory."""
-    verifier = cell.verifier
-    if verifier.method == car.METHOD:
-        return car_sampling.verdicts(model, x, y, perturbation, pack, verifier, start, root)
-    p = measure.perturbation(perturbation.kind, perturbation.magnitude)
-    if verifier.method == deviations.METHOD:
-        return _deviations(perturbation, p, verifier, model, x, y, pack, start)
-    with torch.no_grad():
-        outputs = model(x)
-    spec: certify.Spec
-    if pack.task == "keypoints":
-        clean = (outputs - y).reshape(len(x), -1, 2).norm(dim=2).mean(1)
-        spec = certify.Deviation(delta=verifier.delta)
-    else:
-        clean = (outputs.argmax(1) == y).float()
-        spec = certify.Classification(y)
-    budget = certify.Budget() if verifier.seconds is None else certify.Budget(seconds=verifier.seconds)
-    with measure.Peak(x.device) as peak:
-        found = certify.verify(model, x, spec, p, method=verifier.method, budget=budget, seed=start)
-    unstable = measure.unstable_relus(model, x, p)
-    columns = zip(
-        clean.tolist(), found.status.tolist(), found.lower.tolist(), found.seconds.tolist(), unstable.tolist()
-    )
-    return [
-        {
-            "perturbation": perturbation.label,
-            "index": start + i,
-            "data": pack.fingerprint,
-            "clean": value,
-            "status": certify.Status(status).name.lower(),
-            "lower": lower if math.isfinite(lower) else None,
-            "unstable": count,
-            "soundness": found.soundness,
-            "method": found.method,
-            "seconds": seconds,
-            "peak_mb": peak.mb,
-            # What the network gets wrong unperturbed needs no counterexample.
-            **(witness.kept(found, i) if value or pack.task == "keypoints" else {}),
-        }
-        for i, (value, status, lower, seconds, count) in enumerate(columns)
-    ]
-
-
-def _deviations(
-    perturbation: Perturb, p: Perturbation, verifier: Verifier, model: nn.Module, x: Tensor, y: Tensor, pack: Any,
-    start: int,
-) -> list[dict[str, Any]]:  # fmt: skip
-    if pack.task != "keypoints":
-        raise ValueError(
-            f"the verifier {deviations.METHOD!r} measures how far keypoints move, but {pack.name} has classes; "
-            "use --verifier auto"
-        )
-    visible = pack.extras.get("visibility")
-    seen = None if visible is None else visible[start : start + len(x)]
-    rows = deviations.verdicts(model, x, y, seen, p, verifier, start)
-    return [{"perturbation": perturbation.label, "data": pack.fingerprint, **row} for row in rows]
-
-
-def summarise(perturbation: Perturb, rows: Sequence[dict[str, Any]], task: str) -> dict[str, Any]:
-    """Counts and means over the verdicts of one perturbation.
-
-    "Verified" is correct and HOLDS for classification, HOLDS for keypoints; "attacked" counts the images (correct ones,
-    for classification) for which no counterexample was found.
-    """
-    right = [task == "keypoints" or row["clean"] == 1.0 for row in rows]
-    bits = "".join("1" if ok and row["status"] == "holds" else "0" for ok, row in zip(right, rows))
-    peaks = [row["peak_mb"] for row in rows if row["peak_mb"] is not None]
-    return {
-        "label": perturbation.label,
-        "kind": perturbation.kind,
-        "magnitude": perturbation.magnitude,
-        "images": len(rows),
-        "clean": stdlib_statistics.fmean(row["clean"] for row in rows),
-        "attacked": sum(ok and row["status"] != "violated" for ok, row in zip(right, rows)),
-        "verified": bits.count("1"),
-        "verified_bits": bits,
-        **{name: sum(row["status"] == name for row in rows) for name in ("holds", "violated", "unknown", "timeout")},
-        "unstable": stdlib_statistics.fmean(row["unstable"] for row in rows),
-        "soundness": ", ".join(sorted({row["soundness"] for row in rows})),
-        "method": ", ".join(sorted({row["method"] for row in rows})),
-        "timing": {
-            "seconds_mean": stdlib_statistics.fmean(row["seconds"] for row in rows),
-            "seconds_median": stdlib_statistics.median(row["seconds"] for row in rows),
-            "peak_mb": max(peaks, default=None),
-        },
     }

@@ -22,7 +22,7 @@ from certify.bounds.interval import intervals
 from certify.perturbations import Perturbation
 from methods import masks
 from runs import plugins
-from runs.cell import OUTSIDE, SEMANTIC
+from runs.cell import OUTSIDE, SEMANTIC, Perturb
 
 JOINT_CONTRAST = 2.55
 """Contrast radius of the joint perturbation over its brightness radius: the USN paper trains at 1/255 with 0.01."""
@@ -139,13 +139,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def perturbation(kind: str, magnitude: float) -> Perturbation:
+def perturbation(named: Perturb) -> Perturbation:
     """The ``certify`` perturbation that a cell names.
 
     Raises:
         TypeError: a perturbation from outside the tree made something else.
         ValueError: it can only be drawn from at random.
     """
+    kind, magnitude = named.kind, named.magnitude
     if kind in SEMANTIC:
         raise ValueError(
             f"the perturbation {kind!r} is a law of random edits, which no bounds cover; use --verifier probabilistic"

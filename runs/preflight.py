@@ -125,6 +125,6 @@ def check_perturbations(perturbations: Iterable[Perturb]) -> None:
         if named.kind in SEMANTIC:
             continue
         try:
-            measure.perturbation(named.kind, named.magnitude)
+            measure.perturbation(named)
         except (TypeError, ValueError) as error:
             raise ValueError(f"perturbation {named.kind}:{named.magnitude:g}: {error}") from error

@@ -178,7 +178,7 @@ def _samples(
     from runs import measure
 
     try:
-        p = measure.perturbation(table.perturbation.kind, table.perturbation.magnitude)
+        p = measure.perturbation(table.perturbation)
     except ValueError:  # a law of random edits, which has no member that is the worst
         return tuple(plain)
     x, y = pack.tensors(torch.tensor([int(row["index"]) for row in rows]))

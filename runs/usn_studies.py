@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, cell: Cell, store: Store, console: Any) -> Path:
     """Make the study's file under the results folder."""
-    from runs.execute import build_config, resolve_device
+    from runs.configure import build_config
+    from runs.execute import resolve_device
 
     device = resolve_device(args.device)
     if args.study == "variance":
@@ -251,7 +252,7 @@ def run(args: argparse.Namespace, cell: Cell, store: Store, console: Any) -> Pat
         raise ValueError(f"the strip shows keypoints, but {cell.data.name} has classes; choose another --key")
     last = slice(len(x) - 1, len(x))
     rows = [
-        (p.kind, perturbation(p.kind, p.magnitude), p.magnitude)
+        (p.kind, perturbation(p), p.magnitude)
         for kind in dict.fromkeys(p.kind for p in cell.perturbations if p.kind != "joint")
         for p in [max((p for p in cell.perturbations if p.kind == kind), key=lambda p: p.magnitude)]
     ]

@@ -12,7 +12,7 @@ from methods import masks
 from methods.magnitude import MagnitudeConfig
 from methods.slimming import SlimmingConfig
 from methods.usn import USNConfig
-from runs import execute, matching, measure
+from runs import configure, execute, matching, measure
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, settings
 from runs.progress import Silent
 from runs.ranking import TOLERANCE
@@ -122,12 +122,12 @@ def test_a_matched_cell_records_its_channel_ratio_and_random_draws(tmp_path) -> 
 
 
 def test_settings_of_a_cell_become_what_methods_take() -> None:
-    penalised = execute.build_config(cell("nrs", 2, penalty="rs", eps=0.02, rounds=1))
+    penalised = configure.build_config(cell("nrs", 2, penalty="rs", eps=0.02, rounds=1))
     assert penalised.penalty.name == "rs"
-    assert execute.build_config(cell("hydra", 2, rounds=1, search=3)).search.epochs == 3
-    assert execute.build_config(cell("car", 2, transform="joint:0.05")).transform.name == "brightness-contrast"
+    assert configure.build_config(cell("hydra", 2, rounds=1, search=3)).search.epochs == 3
+    assert configure.build_config(cell("car", 2, transform="joint:0.05")).transform.name == "brightness-contrast"
     with pytest.raises(ValueError, match=r"unknown stability penalty 'nsr'\. Did you mean nrs"):
-        execute.build_config(cell("nrs", 2, penalty="nsr"))
+        configure.build_config(cell("nrs", 2, penalty="nsr"))
 
 
 def test_every_entrant_of_a_block_is_trained_for_the_same_epochs() -> None:
@@ -135,7 +135,7 @@ def test_every_entrant_of_a_block_is_trained_for_the_same_epochs() -> None:
         made = plan("arena", preset, Selection(datasets=(data,)))
         for training in {asked.training.objective for asked in made.cells}:
             cells = [asked for asked in made.cells if asked.training.objective == training]
-            totals = {execute.total_epochs(execute.build_config(asked)) for asked in cells}
+            totals = {configure.total_epochs(configure.build_config(asked)) for asked in cells}
             assert len(cells) > 2
             assert len(totals) == 1, (preset, data, training, totals)
 
@@ -143,6 +143,6 @@ def test_every_entrant_of_a_block_is_trained_for_the_same_epochs() -> None:
 @pytest.mark.parametrize("preset", ["smoke", "quick", "gpu", "paper"])
 def test_every_configuration_of_a_preset_can_be_built(preset: str) -> None:
     for asked in {(c.pruning, c.training): c for c in plan("arena", preset, Selection()).cells}.values():
-        config = execute.build_config(asked)
+        config = configure.build_config(asked)
         structured = getattr(config, "structured", asked.pruning.method == "usn")
-        assert (execute.match(asked) is not None) == bool(structured), asked.label
+        assert (configure.match(asked) is not None) == bool(structured), asked.label

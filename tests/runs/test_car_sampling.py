@@ -69,7 +69,7 @@ def test_settings_are_checked() -> None:
 def test_an_edit_is_no_set_that_bounds_cover() -> None:
     for kind in SEMANTIC:
         with pytest.raises(ValueError, match="--verifier probabilistic"):
-            measure.perturbation(kind, 1.0)
+            measure.perturbation(Perturb(kind, 1.0))
 
 
 def test_data_names_edits_and_their_number_together() -> None:
@@ -104,7 +104,7 @@ def test_each_kind_becomes_its_transform(flowers: Any) -> None:
 def test_a_line_goes_from_end_to_end(named: Perturb, flowers: Any) -> None:
     x, _ = flowers.tensors([0, 1])
     edit = car_edits.transform(named, flowers, None, torch.device("cpu"))
-    p = measure.perturbation(named.kind, named.magnitude)
+    p = measure.perturbation(named)
     for delta, t in ((0.0, -named.magnitude), (0.5, 0.0), (1.0, named.magnitude)):
         moved = semantic.apply(edit, x, [0, 1], delta)
         assert torch.allclose(moved, p.apply(x, torch.full((2,), t)), atol=1e-6)

@@ -17,7 +17,7 @@ from runs.claims.catalogue import CLAIMS
 from runs.claims.claim import evaluate
 from runs.claims.observation import observations
 from runs.claims.scope import Sampled, edited
-from runs.execute import build_config
+from runs.configure import build_config
 from runs.statistics import clopper_pearson
 from runs.store import Record
 from runs.suites import Selection, car, plan, preset_names, variants

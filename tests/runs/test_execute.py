@@ -18,7 +18,7 @@ import torch
 import certify
 import models
 from methods import masks
-from runs import compare, execute, measure
+from runs import certification, compare, configure, execute, measure
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, settings
 from runs.engine import SerialEngine
 from runs.packages import ROOT
@@ -216,17 +216,17 @@ def test_data_that_changed_since_starts_the_cell_afresh(
         packs = real_get(self, *arguments)
         return dataclasses.replace(packs, train=packs.train.subset(range(200)))
 
-    real_verdicts = execute.verdicts
+    real_verdicts = certification.verdicts
 
     def interrupted(*arguments: Any) -> list[dict[str, Any]]:
         raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(execute.Library, "get", fewer)
-        patch.setattr(execute, "verdicts", interrupted)
+        patch.setattr(certification, "verdicts", interrupted)
         with pytest.raises(Killed):
             run([cell], tmp_path)
-    assert execute.verdicts is real_verdicts
+    assert certification.verdicts is real_verdicts
     (record,) = run([cell], tmp_path)
     assert numbers(record) == numbers(expected)
 
@@ -310,7 +310,7 @@ def test_structured_pruning_lowers_what_is_executed(tmp_path: Path) -> None:
 )
 def test_wrong_settings_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        execute.build_config(digits_cell(**changes))
+        configure.build_config(digits_cell(**changes))
 
 
 def test_settings_reach_the_methods_configuration() -> None:
@@ -319,10 +319,10 @@ def test_settings_reach_the_methods_configuration() -> None:
         pruning=Pruning("imp", 0.8, settings(rounds=3, layers="conv+linear", scope="layer")),
         training=Training("ibp", epochs=7, eps=0.1, settings=settings(lr=0.02, kappa_end=0.25)),
     )
-    config = execute.build_config(cell)
+    config = configure.build_config(cell)
     assert (config.ratio, config.epochs, config.rounds, config.layers) == (0.8, 7, 3, ("conv", "linear"))
     assert (config.training.lr, config.training.objective.eps, config.training.objective.kappa_end) == (0.02, 0.1, 0.25)
-    assert execute.total_epochs(config) == 28
+    assert configure.total_epochs(config) == 28
 
 
 def test_devices_are_checked() -> None:

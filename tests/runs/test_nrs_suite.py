@@ -18,7 +18,7 @@ from methods.masks import Mask
 from methods.training.crown_ibp import CROWNIBP
 from methods.training.fgsm import FGSM
 from methods.training.regularised import Regularised
-from runs import execute, nrs_figures, nrs_lines, nrs_records, nrs_report, nrs_states, nrs_tables, nrs_warmup
+from runs import configure, execute, nrs_figures, nrs_lines, nrs_records, nrs_report, nrs_states, nrs_tables, nrs_warmup
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, from_dict, recorded_by_state, settings
 from runs.leaderboard import build
 from runs.statistics import clopper_pearson, holm, sign_test
@@ -58,7 +58,7 @@ def test_every_cell_of_every_preset_has_a_method_that_ends_at_its_ratio(name: st
         assert made.config.ratio == pytest.approx(cell.pruning.ratio)
         assert cell.pruning.label.removesuffix(" as released") in variants("nrs")
         assert made.config.epochs == cell.training.epochs
-        assert execute.total_epochs(made.config) >= cell.training.epochs
+        assert configure.total_epochs(made.config) >= cell.training.epochs
 
 
 def test_the_ladders_are_the_papers() -> None:
@@ -140,17 +140,17 @@ def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> 
 
 
 def test_every_training_can_be_named_by_a_cell() -> None:
-    assert set(execute.OBJECTIVES) == {"natural", "fgsm", "pgd", "trades", "ibp", "crown-ibp", "fast-ibp"}
-    for name in execute.OBJECTIVES:
-        made = execute.build_objective(Training(name, 1, 8, None if name == "natural" else 0.1), {})
+    assert set(configure.OBJECTIVES) == {"natural", "fgsm", "pgd", "trades", "ibp", "crown-ibp", "fast-ibp"}
+    for name in configure.OBJECTIVES:
+        made = configure.build_objective(Training(name, 1, 8, None if name == "natural" else 0.1), {})
         assert made.name.split("+")[0] == {"fast-ibp": "ibp"}.get(name, name)
-    aligned = execute.build_objective(Training("fgsm", 1, 8, 0.1), {"grad_align": 1.757})
+    aligned = configure.build_objective(Training("fgsm", 1, 8, 0.1), {"grad_align": 1.757})
     assert isinstance(aligned, FGSM)
     assert aligned.grad_align == 1.757
     with pytest.raises(ValueError, match=r"unknown setting of training pgd 'step'.*steps"):
-        execute.build_objective(Training("pgd", 1, 8, 0.1), {"step": 3})
+        configure.build_objective(Training("pgd", 1, 8, 0.1), {"step": 3})
     with pytest.raises(ValueError, match="needs a radius"):
-        execute.build_objective(Training("fast-ibp", 1, 8), {})
+        configure.build_objective(Training("fast-ibp", 1, 8), {})
 
 
 # --- networks -------------------------------------------------------------------------------------------------------

@@ -290,7 +290,7 @@ def test_a_perturbation_that_makes_something_else_is_named(tmp_path: Path) -> No
     write(tmp_path, "odd", "def register(r): r.perturbation('odd', float, '')")
     plugins.load(["odd"])
     with pytest.raises(TypeError, match=r"'odd' made float, expected a certify\.Perturbation"):
-        measure.perturbation("odd", 0.5)
+        measure.perturbation(cells.Perturb("odd", 0.5))
 
 
 def network() -> torch.nn.Module:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import certify
 from runs import deviations, grids, shifts, usn_figures, usn_report, usn_studies, usn_tables
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, from_dict, settings
+from runs.configure import build_config, total_epochs
 from runs.engine import SerialEngine
-from runs.execute import Execute, build_config, remarks, total_epochs
+from runs.execute import Execute, remarks
 from runs.leaderboard import build
 from runs.measure import perturbation
 from runs.progress import Silent
@@ -108,12 +109,12 @@ def test_variants_can_be_asked_for_by_name() -> None:
 
 
 def test_named_perturbations_become_those_of_certify() -> None:
-    joint = perturbation("joint", 1 / 255)
+    joint = perturbation(Perturb("joint", 1 / 255))
     assert isinstance(joint, certify.BrightnessContrast)
     assert joint.eps_contrast == pytest.approx(0.01)  # 1/255 goes with 0.01, as the paper trains
-    assert isinstance(perturbation("rotation", 2.0), certify.Rotation)
-    assert isinstance(perturbation("scale", 0.1), certify.Scale)
-    assert isinstance(perturbation("saturation", 0.1), certify.Saturation)
+    assert isinstance(perturbation(Perturb("rotation", 2.0)), certify.Rotation)
+    assert isinstance(perturbation(Perturb("scale", 0.1)), certify.Scale)
+    assert isinstance(perturbation(Perturb("saturation", 0.1)), certify.Saturation)
     cell = plan("usn", "hue", Selection(methods=("usn",))).cells[0]
     assert isinstance(build_config(cell).perturbation, certify.Hue)
     assert build_config(cell).perturbation.eps == 0.02
@@ -245,7 +246,7 @@ def test_other_perturbations_and_heads_are_measured_alike(asked: Perturb, head: 
             parameter.mul_(1.3)
     size = 32 if head == "dsnt" else 16
     x = 0.1 + 0.8 * torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(3))
-    p = perturbation(asked.kind, asked.magnitude)
+    p = perturbation(asked)
     verifier = Verifier("deviation", images=2, seconds=2.0)
     rows = deviations.verdicts(model, x, model(x).detach(), None, p, verifier, start=0)
     drawn = p.sample(x, 64, torch.Generator().manual_seed(4))
