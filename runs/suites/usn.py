@@ -276,7 +276,7 @@ def strength() -> Preset:
         name="strength",
         hardware="two CPU cores",
         at_once=2,
-        expectation="up to a weight of 1 next to nothing changes; beyond, the largest deviation shrinks and the error grows",
+        expectation="up to a weight of 1 little changes; beyond, the largest deviation shrinks and the error grows",
         blocks=(replace(block, rules=tuple(rules)),),
         default=("aircraft",),
     )
