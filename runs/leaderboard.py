@@ -71,6 +71,11 @@ class Row:
     def failed(self) -> bool:
         return self.verified is None
 
+    @property
+    def ranked(self) -> bool:
+        """Whether it has the seeds that an order needs."""
+        return not self.failed and len(self.seeds) >= RANKING_SEEDS
+
 
 @dataclass(frozen=True)
 class Table:
@@ -90,27 +95,28 @@ class Table:
         return f"{self.data} · {self.network} · {self.perturbation.label}"
 
     @property
-    def ranked(self) -> bool:
-        """Whether every row that has numbers has at least three seeds, so that an order means something."""
-        done = [row for row in self.rows if not row.failed]
-        return bool(done) and all(len(row.seeds) >= RANKING_SEEDS for row in done)
+    def ordered(self) -> int:
+        """How many rows, the first ones, have at least three seeds, so that their order means something."""
+        return sum(row.ranked for row in self.rows)
 
     @property
     def ranking_note(self) -> str:
         """Why there is no ranking, or what the order means."""
-        if self.rankings:
-            return "Rows are ordered by mean verified share; who is ahead of whom is in the rankings below."
-        if self.ranked:
-            return "Rows are ordered by mean verified share; no two are matched, so that nothing is ranked."
-        least = min((len(row.seeds) for row in self.rows if not row.failed), default=0)
-        if least == 0:
-            return "No finished rows."
-        seeds = "one seed" if least == 1 else f"{least} seeds"
-        return (
-            f"{seeds}: no ranking"
-            if least == max(len(r.seeds) for r in self.rows)
-            else f"{seeds} in some rows: no ranking"
+        fewer = [row for row in self.rows if not row.failed and not row.ranked]
+        if not self.ordered:
+            if not fewer:
+                return "No finished rows."
+            least, most = min(len(row.seeds) for row in fewer), max(len(row.seeds) for row in fewer)
+            seeds = "one seed" if least == 1 else f"{least} seeds"
+            return f"{seeds}: no ranking" if least == most else f"{seeds} in some rows: no ranking"
+        order = f"Rows of at least {RANKING_SEEDS} seeds are ordered" if fewer else "Rows are ordered"
+        order += " by mean verified share; "
+        order += (
+            "who is ahead of whom is in the rankings below."
+            if self.rankings
+            else "no two are matched, so that nothing is ranked."
         )
+        return order + (f" The last {len(fewer)}, of fewer seeds, are in no order." if fewer else "")
 
     @property
     def comparable(self) -> bool:
@@ -174,32 +180,35 @@ def _table(perturbation: Perturb, groups: Sequence[Sequence[_Measured]]) -> Tabl
         note = _settings_note(group[0].cell) if twins else ""
         reference = dense.get(_training_id(group)) or dense.get(_budget_id(group))
         rows.append(_row(group, reference, perturbation, note))
-    adjusted = iter(holm([row.versus_dense.p for row in rows if row.versus_dense is not None]))
-    rows = [
-        row if row.versus_dense is None else replace(row, versus_dense_p=next(adjusted)) for row in rows
-    ]  # fmt: skip
+    rows = _adjusted(rows)
     entrants = [entrant for group, row in zip(groups, rows) if (entrant := _entrant(group, row)) is not None]
-    table = Table(
+    # Rows without the seeds for it stay in the order of the plan, behind the others.
+    order = sorted(rows, key=lambda row: (not row.ranked, row.failed, -row.verified.mean if row.ranked else 0.0))  # type: ignore[union-attr]
+    return Table(
         cell.data.label, cell.network.label, perturbation, cell.verifier, tasks[0] if tasks else "classification",
-        tuple(sorted(soundness)), tuple(rows),
+        tuple(sorted(soundness)), tuple(order), ranking.build(entrants, RANKING_SEEDS),
     )  # fmt: skip
-    if not table.ranked:
-        return table
-    order = sorted(rows, key=lambda row: (row.failed, -(row.verified.mean if row.verified else 0.0)))
-    return replace(table, rows=tuple(order), rankings=ranking.build(entrants, RANKING_SEEDS))
+
+
+def _adjusted(rows: Sequence[Row]) -> list[Row]:
+    """The rows with p-values adjusted by Holm over those of the same training: they are held against one network."""
+    found = list(rows)
+    for training in dict.fromkeys(row.training for row in rows):
+        places = [i for i, row in enumerate(rows) if row.training == training and row.versus_dense is not None]
+        for i, p in zip(places, holm([rows[i].versus_dense.p for i in places])):  # type: ignore[union-attr]
+            found[i] = replace(rows[i], versus_dense_p=p)
+    return found
 
 
 def _entrant(group: Sequence[_Measured], row: Row) -> Entrant | None:
     """A finished row as rankings see it, with its verdicts image by image."""
     if row.verified is None or row.parameters_left is None or row.flops_executed is None:
         return None
-    bits = [m.result["verified_bits"] for m in group if m.result is not None]
-    scores = tuple(sum(own[i] == "1" for own in bits) / len(bits) for i in range(row.images))
+    bits = {m.cell.seed: m.result["verified_bits"] for m in group if m.result is not None}
     name = row.method + (f" ({row.note})" if row.note else "")
     return Entrant(
-        name, row.ratio, row.training, row.budget, row.parameters_left, row.flops_executed, row.verified, row.seeds,
-        scores,
-    )  # fmt: skip
+        name, row.ratio, row.training, row.budget, row.parameters_left, row.flops_executed, row.verified, bits
+    )
 
 
 def _parameters_left(size: Mapping[str, Any]) -> int:

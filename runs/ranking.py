@@ -7,7 +7,7 @@ tests between all pairs over test images (`runs.statistics.ranks`); a difference
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,8 @@ class Entrant:
     Attributes:
         method, ratio, training, budget: what it is; ``budget`` is its number of epochs in all, None where not recorded.
         parameters, flops: shares left and executed.
-        verified: mean and spread over seeds.
-        seeds: that its scores are of.
-        scores: for each test image, the share of seeds in which it is verified.
+        verified: mean and spread over its seeds.
+        bits: by seed, a character for each test image, "1" where it is verified.
     """
 
     method: str
@@ -42,8 +41,18 @@ class Entrant:
     parameters: float
     flops: float
     verified: MeanSd
-    seeds: tuple[int, ...]
-    scores: tuple[float, ...]
+    bits: Mapping[int, str]
+
+    @property
+    def images(self) -> int:
+        """How many test images every seed has verdicts on; 0 where seeds differ."""
+        counts = {len(own) for own in self.bits.values()}
+        return counts.pop() if len(counts) == 1 else 0
+
+    def scores(self, seeds: Iterable[int]) -> tuple[float, ...]:
+        """For each test image, the share of these seeds in which it is verified."""
+        chosen = [self.bits[seed] for seed in seeds]
+        return tuple(sum(bit == "1" for bit in image) / len(chosen) for image in zip(*chosen, strict=True))
 
 
 @dataclass(frozen=True)
@@ -58,12 +67,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Entrants matched by one measure under one training; ``reference`` is what their differences are to."""
+    """Entrants matched by one measure under one training; ``reference`` is what their differences are to.
+
+    Places and differences are over the ``seeds`` that all of them have.
+    """
 
     measure: str
     share: float
     training: str
     budget: int | None
+    seeds: tuple[int, ...]
     reference: str
     standings: tuple[Standing, ...]
 
@@ -93,7 +106,7 @@ def build(entrants: Sequence[Entrant], least_seeds: int) -> tuple[Ranking, ...]:
     Entrants are ranked within a training and, where it is recorded, a budget, on the seeds that all of them have. The
     dense network of the same training and budget is ranked with them, whatever its size.
     """
-    enough = [entrant for entrant in entrants if len(entrant.seeds) >= least_seeds]
+    enough = [entrant for entrant in entrants if len(entrant.bits) >= least_seeds and entrant.images]
     shares = sorted({round(1 - entrant.ratio, 9) for entrant in enough if entrant.ratio > 0}, reverse=True)
     found = []
     for training, budget in dict.fromkeys((entrant.training, entrant.budget) for entrant in enough):
@@ -106,25 +119,29 @@ def build(entrants: Sequence[Entrant], least_seeds: int) -> tuple[Ranking, ...]:
                     for entrant in alike
                     if entrant.ratio > 0 and abs(getattr(entrant, measure) - share) <= TOLERANCE
                 ]
-                if len(near) >= 2 and len({len(entrant.scores) for entrant in (*dense, *near)}) == 1:
-                    found.append(_ranking(measure, share, training, budget, dense[:1], near))
+                members = [*dense[:1], *near]
+                seeds = sorted(set.intersection(*(set(entrant.bits) for entrant in members))) if near else []
+                if len(near) >= 2 and len(seeds) >= least_seeds and len({one.images for one in members}) == 1:
+                    found.append(_ranking(measure, share, training, budget, tuple(seeds), dense[:1], near))
     return tuple(found)
 
 
 def _ranking(
-    measure: str, share: float, training: str, budget: int | None, dense: Sequence[Entrant], near: Sequence[Entrant]
-) -> Ranking:
+    measure: str, share: float, training: str, budget: int | None, seeds: tuple[int, ...], dense: Sequence[Entrant],
+    near: Sequence[Entrant],
+) -> Ranking:  # fmt: skip
     members = [*dense, *near]
-    places = ranks([entrant.scores for entrant in members], LEVEL)
-    reference = dense[0] if dense else max(near, key=lambda entrant: entrant.verified.mean)
+    scores = [entrant.scores(seeds) for entrant in members]
+    places = ranks(scores, LEVEL)
+    reference = 0 if dense else max(range(len(near)), key=lambda i: near[i].verified.mean)
     standings = []
-    for entrant, rank in zip(members, places):
-        differences = [a - b for a, b in zip(entrant.scores, reference.scores)]
+    for entrant, own, rank in zip(members, scores, places):
+        differences = [a - b for a, b in zip(own, scores[reference])]
         mean = sum(differences) / len(differences)
         standings.append(Standing(entrant, rank, mean, paired_interval(differences)))
     standings.sort(key=lambda s: (s.rank.first, s.rank.last, -s.entrant.verified.mean))
-    name = "dense" if dense else reference.method
-    return Ranking(measure, share, training, budget, name, tuple(standings))
+    name = "dense" if dense else near[reference].method
+    return Ranking(measure, share, training, budget, seeds, name, tuple(standings))
 
 
 HEADINGS = ("Place", "Method", "Verified %", "Δ {reference} [95 %]", "Params %", "FLOPs % run")

@@ -205,7 +205,7 @@ LEGEND: tuple[tuple[str, str], ...] = (
     (
         "Δ dense",
         "verified share minus that of the unpruned network with the same training, in points; p from a two-sided sign "
-        "test over images, Holm-adjusted within the table.",
+        "test over images, Holm-adjusted over the rows of the same training.",
     ),
     ("Holds/viol /unk/time-out", "verdicts summed over seeds; unknown means the certifier could not decide."),
     (
@@ -231,18 +231,19 @@ def print_terminal(tables: Sequence[Table], console: Console, *, legend: bool = 
         hidden |= {column.heading for column in columns(table)} - {column.heading for column in shown}
         for column in shown:
             grid.add_column("\n".join(column.lines), justify="left" if column.left else "right", no_wrap=True)
-        training = None
-        for row in table.rows:
-            if not table.ranked and training not in (None, row.training):
+        block: str | None = None
+        for i, row in enumerate(table.rows):
+            own = None if row.ranked else row.training  # ordered rows stand together, whatever their training
+            if i and own != block:
                 grid.add_section()
-            training = row.training
+            block = own
             style = "red" if row.failed else ("dim" if row.method == "dense" else None)
             grid.add_row(*(escape(column.text(row, table)) for column in shown), style=style)
         console.print(grid)
         for line in notes(table):
             console.print(escape(line), style="red" if line.startswith("FAILED") else "dim", highlight=False)
-        for own in table.rankings:
-            console.print(ranking.grid(own))
+        for found in table.rankings:
+            console.print(ranking.grid(found))
         console.print()
     if legend and tables:
         used = {column.heading for table in tables for column in columns(table)} - hidden

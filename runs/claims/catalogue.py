@@ -246,7 +246,7 @@ _NRS = (
     Claim(
         "NRS-10", NRS, "Fig. 4",
         "the share of unstable neurons falls with sparsity",
-        Falls(picked("dense", *NRS_METHODS), unstable), NRS_QUICK,
+        Falls(picked(*NRS_METHODS), picked("dense"), unstable), NRS_QUICK,
     ),
     Claim(
         "NRS-11", NRS, "Fig. 8",
@@ -274,12 +274,12 @@ _NRS = (
     Claim(
         "NRS-14", NRS, "Fig. 7",
         "structured pruning makes verification faster",
-        Falls(picked("dense", *STRUCTURED), seconds), NRS_QUICK,
+        Falls(picked(*STRUCTURED), picked("dense"), seconds), "python -m runs.compare nrs --preset structured",
     ),
     Claim(
         "NRS-15", NRS, "Fig. 7",
         "structured pruning makes verification need less memory",
-        Falls(picked("dense", *STRUCTURED), peak), NRS_QUICK,
+        Falls(picked(*STRUCTURED), picked("dense"), peak), "python -m runs.compare nrs --preset structured",
     ),
     Claim(
         "NRS-16", NRS, "§IV-C.1, Table V",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from runs.claims.observation import Observation, observations
-from runs.claims.questions import SEEDS, Evidence, Question
+from runs.claims.questions import METHODS, SEEDS, Evidence, Question
 from runs.statistics import holm
 from runs.store import Record
 
@@ -115,6 +115,8 @@ def _answer(claim: Claim, evidence: Evidence | None, p: float | None) -> Answer:
 
 def _more(claim: Claim, evidence: Evidence) -> str:
     """What would decide an open claim: more of whatever the test counts, or a larger preset."""
+    if evidence.unit == METHODS:
+        return f"too few methods pass the test: more images (--images) or {claim.decide}"
     if evidence.unit == "images":
         return (
             f"a difference of {abs(evidence.difference):.1%} is within chance: more images (--images) or {claim.decide}"

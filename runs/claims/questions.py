@@ -21,6 +21,8 @@ from runs.statistics import holm, mean_sd, sign_test
 SEEDS = 3
 """Fewer seeds say nothing about a method, only about the networks at hand."""
 
+METHODS = "images a method"
+
 Pair = tuple[Observation, Observation]
 
 
@@ -29,6 +31,8 @@ class Evidence:
     """A difference (positive: as the claim says), with its interval, the test's p-value, and what it rests on.
 
     ``units`` are images or seeds, by ``unit``; ``difference`` is a share (images) or in the number's own unit (seeds).
+    With the unit :data:`METHODS` methods are counted, each over so many images: ``difference`` is their share less one
+    half, and has no interval.
     """
 
     difference: float
@@ -195,8 +199,8 @@ class MatchesSomewhere:
         evidence = [item for _, item in best.values()]
         share = len(passed) / len(best)
         return Evidence(
-            share - 0.5, share - 0.5, share - 0.5, min(1.0, (len(ordered) - needed + 1) * ordered[needed - 1]),
-            min(item.units for item in evidence), "images", len(pairs), min(item.seeds for item in evidence),
+            share - 0.5, -math.inf, math.inf, min(1.0, (len(ordered) - needed + 1) * ordered[needed - 1]),
+            min(item.units for item in evidence), METHODS, len(pairs), min(item.seeds for item in evidence),
             "partial conjunction of non-inferiority tests",
             f"{len(passed)} of {len(best)} methods match within {self.margin:.0%}: {', '.join(passed) or 'none'}",
         )  # fmt: skip
@@ -249,25 +253,33 @@ class Measures:
 
 @dataclass(frozen=True)
 class Falls:
-    """A number falls with the ratio (with ``rises``: rises): Kendall's tau against the ratio, a seed and a context."""
+    """A number falls with the ratio (with ``rises``: rises): Kendall's tau against the ratio, a method and a seed.
+
+    A series begins at the ``dense`` network of its context (or budget), where the method has none of ratio 0 itself.
+    """
 
     pick: Pick
+    dense: Pick
     value: Value
     rises: bool = False
 
     def ask(self, found: Sequence[Observation]) -> Evidence | None:
         from scipy.stats import kendalltau
 
-        series: dict[tuple[str, int, str], list[tuple[float, float]]] = defaultdict(list)
+        series: dict[tuple[str, int, str], dict[float, float]] = defaultdict(dict)
         for one in found:
             value = self.value(one)
             if self.pick(one) and value is not None:
-                series[one.context, one.seed, one.method].append((one.ratio, value))
+                series[one.context, one.seed, one.method][one.ratio] = value
+        for one, dense in _matched(found, self.pick, self.dense, ratio=False):
+            value = self.value(dense)
+            if value is not None and (one.context, one.seed, one.method) in series:
+                series[one.context, one.seed, one.method].setdefault(0.0, value)
         sign = 1.0 if self.rises else -1.0
         taus = []
         for (_, seed, _), points in series.items():
-            if len({ratio for ratio, _ in points}) >= 3:
-                tau = float(kendalltau(*zip(*points)).statistic)
+            if len(points) >= 3:
+                tau = float(kendalltau(*zip(*sorted(points.items()))).statistic)
                 taus.append((seed, 0.0 if math.isnan(tau) else sign * tau))
         return by_seed(taus)
 

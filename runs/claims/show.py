@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runs.claims.claim import Answer, Verdict
-from runs.claims.questions import Evidence
+from runs.claims.questions import METHODS, Evidence
 from runs.store import write_atomic
 
 if TYPE_CHECKING:
@@ -35,10 +35,13 @@ def evidence_text(evidence: Evidence | None, p: float | None) -> str:
     interval = "" if math.isinf(evidence.low) else f" [{number(evidence.low)}, {number(evidence.high)}]"
     many = f"{evidence.units} {evidence.unit}"
     seeds = "" if evidence.unit == "seeds" else f", {evidence.seeds} seed{'s' if evidence.seeds > 1 else ''}"
-    parts = [f"{number(evidence.difference)}{' points' if percent else ''}{interval}"]
+    if evidence.unit == METHODS:
+        parts, detail = [evidence.detail], ""
+    else:
+        parts, detail = [f"{number(evidence.difference)}{' points' if percent else ''}{interval}"], evidence.detail
     parts.append(f"p {'< 0.001' if p is not None and p < 0.001 else f'= {p:.2g}'}")
     parts.append(f"n = {many}{seeds}, {evidence.pairs} pairs; {evidence.test}")
-    return "; ".join(parts) + (f" ({evidence.detail})" if evidence.detail else "")
+    return "; ".join(parts) + (f" ({detail})" if detail else "")
 
 
 def line(answer: Answer) -> tuple[str, ...]:

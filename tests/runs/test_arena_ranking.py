@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import math
@@ -74,7 +75,8 @@ def entrant(method: str, verified: int, *, ratio: float = 0.5, parameters: float
             seeds: tuple[int, ...] = (0, 1, 2), training: str = "natural",
             budget: int | None = 6) -> Entrant:  # fmt: skip
     share = MeanSd(verified / 40, 0.0, len(seeds))
-    return Entrant(method, ratio, training, budget, parameters, flops, share, seeds, tuple(scores(verified)))
+    bits = "".join(str(int(value)) for value in scores(verified))
+    return Entrant(method, ratio, training, budget, parameters, flops, share, dict.fromkeys(seeds, bits))
 
 
 DENSE = entrant("dense", 20, ratio=0.0, parameters=1.0)
@@ -118,6 +120,17 @@ def test_other_trainings_budgets_and_too_few_seeds_are_not_mixed() -> None:
     assert ranking.build([DENSE, entrant("imp", 30), *strangers], 3) == ()
     (only,) = ranking.build([DENSE, entrant("imp", 30), entrant("taylor", 30), *strangers], 3)
     assert {s.entrant.method for s in only.standings} == {"dense", "imp", "taylor"}
+
+
+def test_only_seeds_that_all_have_are_compared() -> None:
+    full, none = "1" * 40, "0" * 40
+    more = dataclasses.replace(entrant("imp", 40, seeds=(0, 1, 2)), bits={0: full, 1: full, 2: full, 3: none, 4: none})
+    (found,) = ranking.build([DENSE, entrant("taylor", 20), more], 3)
+    assert found.seeds == (0, 1, 2)
+    assert found.standings[0].entrant.method == "imp"
+    assert found.standings[0].difference == pytest.approx(0.5)
+    other = dataclasses.replace(more, bits=dict.fromkeys((0, 1, 7, 8), full))  # two in common are too few
+    assert ranking.build([DENSE, entrant("taylor", 20), other], 3) == ()
 
 
 def test_without_dense_differences_are_to_the_best() -> None:
@@ -173,6 +186,19 @@ def test_dense_of_the_same_budget_is_the_reference_however_it_is_divided() -> No
             record["training"]["epochs"] = 99
     (other,) = leaderboard.build(records)
     assert next(row for row in other.rows if row.method == "imp").versus_dense is None
+
+
+def test_rows_of_one_seed_do_not_hide_the_ranking_of_the_others() -> None:
+    alone = [record for record in made() if record["cell"]["seed"] == 0]
+    for record in alone:
+        record["cell"]["training"] |= {"objective": "ibp", "eps": 0.1}
+    (whole,), (table,) = leaderboard.build(made()), leaderboard.build(alone + made())
+    assert table.rankings == whole.rankings
+    assert (table.ordered, len(table.rows)) == (3, 6)
+    assert [row.method for row in table.rows[:3]] == [row.method for row in whole.rows]
+    assert [row.versus_dense_p for row in table.rows[:3]] == [row.versus_dense_p for row in whole.rows]
+    assert {row.training for row in table.rows[3:]} == {"ibp 0.1"}
+    assert table.ranking_note.endswith("in the rankings below. The last 3, of fewer seeds, are in no order.")
 
 
 def test_two_seeds_rank_nothing() -> None:

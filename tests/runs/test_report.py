@@ -91,7 +91,7 @@ def test_one_seed_is_not_ranked_and_keeps_the_plans_order() -> None:
     (table,) = leaderboard.build(
         [make_record(make_cell("dense"), DENSE[0]), make_record(make_cell("imp", 0.5), PRUNED[0])]
     )
-    assert not table.ranked
+    assert table.ordered == 0
     assert [row.method for row in table.rows] == ["dense", "imp"]
     assert table.ranking_note == "one seed: no ranking"
     assert table.rows[0].verified is not None
