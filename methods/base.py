@@ -86,7 +86,7 @@ class PruningConfig:
         )
 
 
-def check_config(method: object, config: object, kind: type[PruningConfig]) -> None:
+def check_config(method: object, config: object, kind: type) -> None:
     """Raise TypeError unless a method was given a configuration of its own kind."""
     if not isinstance(config, kind):
         given = "the class itself; call it" if config is kind else f"{type(config).__name__}"

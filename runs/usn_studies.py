@@ -3,8 +3,7 @@
 python -m runs.usn_studies variance --results results     how far a channel's importance scatters with the copies m
 python -m runs.usn_studies strip --results results        images under growing perturbation with the predicted keypoints
 
-The studies that train are presets of ``python -m runs.compare usn``: ``lambda``, ``joint``, ``geometric``,
-``incomplete``, ``hue`` and ``backbone``.
+The studies that train are presets of ``python -m runs.compare usn``: see its ``--list``.
 """
 
 from __future__ import annotations

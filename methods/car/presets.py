@@ -36,9 +36,6 @@ Variant = Literal[
 
 # Radii of the L2 attacks (section 4.1), in pixel space.
 RADII = {"celeba_hq": 0.5, "flowers102": 2.0}
-PRUNE_RATIOS = (0.5, 0.7)
-AUGMENTED = (0, 1000, 4000)
-BATCH_SIZE = 16
 
 # What the paper leaves open: the values to try around those of `CARConfig`.
 GRID: dict[str, tuple[float, ...]] = {

@@ -365,7 +365,8 @@ class _Run:
                 nn.utils.clip_grad_norm_(parameters, self.config.clip_grad_norm)
             self.optimizer.step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
-                sums[name] = sums.get(name, torch.zeros((), dtype=exact, device=self.device)) + value.to(exact) * len(x)
+                share = value.to(exact) * len(x)
+                sums[name] = sums[name] + share if name in sums else share
                 weights[name] = weights.get(name, 0) + len(x)
             bad_step = torch.where((bad_step < 0) & ~torch.isfinite(loss.detach()), step, bad_step)
         if step < 0:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 import certify
@@ -108,11 +109,14 @@ class Regularised:
         else:
             step = Step(*self.objective.loss(model, x, y, task_loss, progress))
             if self._needs_bounds and self.radius > 0.0:
-                with contextlib.ExitStack() as stack:
-                    stack.enter_context(no_dropout(model))
-                    stack.enter_context(held_statistics(model))
-                    traced = certify.Network(model, x, check=False)
-                step = dataclasses.replace(step, found=traced.propagate(perturbation(self.perturbation, self.radius)))
+                step = dataclasses.replace(step, found=self._propagated(model, x, self.radius))
+        if step.found is None and self._needs_bounds and progress.position == 0.0:
+            # The radius may stay 0 for epochs. A penalty that finds nothing to read in this network says so now.
+            with torch.no_grad():
+                found = self._propagated(model, x, 0.0)
+            for regulariser in self.regularisers:
+                if regulariser.bounded:
+                    regulariser.penalty(model, found, 0.0)
         loss, metrics = step.loss, dict(step.metrics)
         for regulariser in self.regularisers:
             if not regulariser.bounded or step.found is not None:
@@ -120,6 +124,14 @@ class Regularised:
                 loss = loss + penalty
                 metrics[regulariser.name] = penalty.detach()
         return dataclasses.replace(step, loss=loss, metrics=metrics)
+
+    def _propagated(self, model: nn.Module, x: Tensor, radius: float) -> Propagation:
+        """Intervals around `x` with the statistics of this batch, which are not recorded a second time."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(no_dropout(model))
+            stack.enter_context(held_statistics(model))
+            traced = certify.Network(model, x, check=False)
+        return traced.propagate(perturbation(self.perturbation, radius))
 
     def validate(
         self, model: nn.Module, val: Iterable[Batch], task_loss: TaskLoss, progress: Progress

@@ -35,8 +35,8 @@ def _layers(found: Propagation | None, over: str) -> list[Rectifier]:
     assert found is not None
     layers = [layer for layer in found.rectifiers() if over == "all" or layer.norm is not None]
     if not layers:
-        what = "ReLU" if over == "all" else "ReLU right behind a batch normalisation"
-        raise ValueError(f"the stability penalty finds no {what} in the network")
+        what = "ReLU" if over == "all" else "ReLU right behind a batch normalisation; over='all' takes any"
+        raise ValueError(f"the stability penalty finds no {what}")
     return layers
 
 

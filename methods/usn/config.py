@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from typing import Literal
 
 from certify.perturbations import BrightnessContrast, Perturbation
@@ -91,6 +92,7 @@ class USNConfig:
     wide_inputs: int = 1024
 
     def __post_init__(self) -> None:
+        self._check_types()
         choices = {
             "prune": ("high", "low", "literal", "random", "magnitude", "snr"),
             "sampling": ("antithetic", "iid"),
@@ -136,6 +138,24 @@ class USNConfig:
                 f"pruning would end after epoch {self.schedule.end} of {self.epochs}: fewer prune_steps, a smaller "
                 "prune_interval or an earlier prune_start are needed"
             )
+
+    def _check_types(self) -> None:
+        reals = ("ratio", "lambda_u", "lambda_s", "lambda_w", "metric_fraction", "prune_end", "collapse_after",
+                 "wide_lr_scale")  # fmt: skip
+        whole = ("epochs", "m", "prune_start", "prune_interval", "wide_inputs")
+        parts = {"training": TrainingConfig, "perturbation": Perturbation, "metric": Metric,
+                 "wasserstein": WassersteinTarget}  # fmt: skip
+        for field in reals:
+            if not isinstance(value := getattr(self, field), numbers.Real):
+                raise TypeError(f"{field} must be a number, got {value!r}")
+        for field in whole:
+            if isinstance(value := getattr(self, field), bool) or not isinstance(value, numbers.Integral):
+                raise TypeError(f"{field} must be a whole number, got {value!r}")
+        if self.prune_steps is not None and not isinstance(self.prune_steps, numbers.Integral):
+            raise TypeError(f"prune_steps must be a whole number or None, got {self.prune_steps!r}")
+        for field, kind in parts.items():
+            if not isinstance(value := getattr(self, field), kind):
+                raise TypeError(f"{field} must be a {kind.__name__}, got {value!r:.80}")
 
     @property
     def schedule(self) -> Progressive:

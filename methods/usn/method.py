@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from methods import masks, wiring
-from methods.base import Where
+from methods.base import Where, check_config
 from methods.outcome import Outcome
 from methods.training.checkpoint import Checkpoint
 from methods.training.config import TrainingConfig
@@ -45,6 +45,9 @@ class USN:
     """USN pruning (arXiv 2510.00083, Algorithm 1)."""
 
     config: USNConfig = dataclasses.field(default_factory=USNConfig)
+
+    def __post_init__(self) -> None:
+        check_config(self, self.config, USNConfig)
 
     def fit(
         self,

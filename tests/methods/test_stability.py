@@ -220,6 +220,17 @@ def test_no_penalty_while_the_radius_is_zero():
     assert both.settled().regularisers == both.regularisers
 
 
+def test_a_penalty_that_finds_nothing_to_read_says_so_in_the_first_step():
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    warm = IBP(0.1, schedule=Linear(0.5, 1.0))  # no radius, so no penalty, for half of the training
+    x, y = torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    step = Progress(epoch=0, epochs=10, step=0, steps=5)
+    with pytest.raises(ValueError, match="no ReLU right behind a batch normalisation; over='all' takes any"):
+        Regularised(warm, (NRSLoss(),)).loss(plain, x, y, CrossEntropy(), step)
+    _, metrics = Regularised(warm, (NRSLoss(over="all"),)).loss(plain, x, y, CrossEntropy(), step)
+    assert "nrs" not in metrics
+
+
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="pass eps"):
         Regularised(Natural(), (NRSLoss(),))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -487,3 +488,27 @@ def test_bad_input_is_refused(
 ):
     with pytest.raises(error, match=words):
         USN(QUICK).fit(model(), [(change(x), y) for x, y in images()])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ratio": "a"}, "ratio must be a number, got 'a'"),
+        ({"epochs": 2.5}, "epochs must be a whole number, got 2.5"),
+        ({"m": "2"}, "m must be a whole number"),
+        ({"prune_steps": 1.5}, "prune_steps must be a whole number or None"),
+        ({"perturbation": "brightness:0.1"}, "perturbation must be a Perturbation, got 'brightness:0.1'"),
+        ({"metric": "x"}, "metric must be a Metric"),
+        ({"training": "adam"}, "training must be a TrainingConfig"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named(wrong, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        USNConfig(**wrong)
+
+
+def test_a_method_takes_its_own_configuration():
+    with pytest.raises(TypeError, match="USN takes a USNConfig, got the class itself; call it"):
+        USN(USNConfig)
+    with pytest.raises(TypeError, match="USN takes a USNConfig, got dict"):
+        USN({"ratio": 0.2})
