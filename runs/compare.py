@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 from runs import commands, plugins, suites
 from runs.cell import PERTURBATIONS, Perturb
-from runs.commands import FAILED, OK
+from runs.commands import COMMANDS, FAILED, OK
 from runs.engine import Shard
 from runs.report import FORMATS
 from runs.store import Store, StoreError
+from runs.suites.plan import check, named_width, owners_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from runs.execute import Execute
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 CERTIFIERS = {
     "auto": "bounds in order of cost, an attack, then a complete verifier, within the time an image has",
@@ -47,17 +50,24 @@ CERTIFIERS = {
     "deviation": "the largest deviation of keypoints, exact, with verdicts at several distances",
     "probabilistic": "random draws: a flip is rarer than eps, with a stated confidence (and CC-Cert beside it)",
 }
-COMMANDS = {
-    "report": "the leaderboard of what is on record",
-    "check": "every verdict on record attacked again",
-    "claims": "each claim of the papers, held against what is on record",
-    "pack": "the records under --results as one file of JSON lines, --to",
-}
-ON_RECORDS = {"report": commands.report, "check": commands.check, "claims": commands.claims, "pack": commands.pack}
-"""What can be asked for in place of a suite. Nothing is trained."""
+ON_RECORDS = {"report": commands.report, "check": commands.recheck, "claims": commands.claims, "pack": commands.pack}
+"""What runs for each of them. Nothing is trained."""
 
 ENGINES = ("auto", "serial", "processes", "ray")
 USAGE, INTERRUPTED = 2, 130
+
+
+def _number(kind: Callable[[str], N]) -> Callable[[str], N]:
+    """Reads one of several numbers."""
+
+    def read(text: str) -> N:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what}; several are separated by spaces") from None
+
+    return read
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,19 +84,22 @@ def parser() -> argparse.ArgumentParser:
         help="a suite: " + ", ".join(suites.suites()) + "; or " + "; ".join(f"'{n}': {t}" for n, t in COMMANDS.items()),
     )  # fmt: skip
     what.add_argument(
-        "--preset", default="quick", help="how much of the suite: " + ", ".join(suites.preset_names("arena"))
-    )
+        "--preset", default="quick",
+        help=f"how much of the suite: {', '.join(suites.preset_names('arena'))}; usn, nrs and car have studies: --list",
+    )  # fmt: skip
     what.add_argument("--methods", nargs="+", metavar="NAME", help="only these pruning methods")
     what.add_argument("--models", nargs="+", metavar="NAME[:WIDTH]", help="these networks instead of the preset's")
     what.add_argument("--datasets", nargs="+", metavar="NAME", help="these data sets instead of the preset's default")
     what.add_argument("--perturbations", nargs="+", metavar="KIND:SIZE", help="for instance linf:0.1 brightness:2/255")
-    what.add_argument("--ratios", nargs="+", type=float, metavar="R", help="these fractions removed, in [0, 1)")
+    what.add_argument(
+        "--ratios", nargs="+", type=_number(float), metavar="R", help="these fractions removed, in [0, 1)"
+    )
     what.add_argument("--trainings", nargs="+", metavar="NAME", help="only these trainings, for instance natural ibp")
     what.add_argument("--verifier", metavar="NAME", help="certifier: " + ", ".join(CERTIFIERS))
     what.add_argument(
         "--images", type=int, metavar="N", help="certify the first N test images instead of the preset's number"
     )
-    what.add_argument("--seeds", nargs="+", type=int, metavar="S", help="these seeds instead of the preset's")
+    what.add_argument("--seeds", nargs="+", type=_number(int), metavar="S", help="these seeds instead of the preset's")
     what.add_argument("--limit", type=int, metavar="N", help="run (or check) at most the first N cells")
     what.add_argument("--shard", metavar="I/N", help="only part I of N equal parts of the plan: one for each machine")
     what.add_argument(
@@ -134,11 +147,24 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parsed(p: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; of a second word without an option the error says what it may have been meant for."""
+    args, left = p.parse_known_args(arguments)
+    if left:
+        preset = next((text for text in left if owners_of(text)), None)
+        hint = f" (a preset is chosen by --preset {preset})" if preset else ""
+        if set(left) & {*suites.suites(), *COMMANDS}:
+            hint = " (one suite or command at a time)"
+        p.error(f"unrecognized arguments: {' '.join(left)}{hint}")
+    return args
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 failed cells, 2 wrong usage, 130 interrupted."""
     from rich.console import Console
 
-    args = parser().parse_args(arguments)
+    p = parser()
+    args = parsed(p, arguments)
     console = Console() if sys.stdout.isatty() else Console(width=_width())
     errors = Console(stderr=True, soft_wrap=True)
     try:
@@ -146,9 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.list:
             show_list(console)
             return OK
-        bad = [name for name in args.export if name not in FORMATS]
-        if bad:
-            raise ValueError(f"unknown export format {bad[0]!r}; known: {', '.join(FORMATS)}")
+        commands.check_suite(args.suite)
+        commands.check_options(args, p.get_default)
         return ON_RECORDS.get(args.suite, run)(args, console)
     except (ValueError, ImportError, ConnectionError, FileNotFoundError) as error:
         errors.print(f"error: {error}", markup=False, highlight=False, style="red")
@@ -204,33 +229,23 @@ def selection(args: argparse.Namespace) -> suites.Selection:
     """What the arguments ask for, with unknown names refused.
 
     Raises:
-        ValueError: an unknown name (with close matches) or a number out of range.
+        ValueError: an unknown name, with close matches.
     """
     from runs.packages import ours
-    from runs.suites.plan import check, named_width
 
-    for name in args.methods or ():
-        check("method", name, dict.fromkeys((*suites.variants(args.suite), *ours("methods").names())))
     for name in args.models or ():
         check("model", named_width(name)[0], ours("models").names())
     for name in args.datasets or ():
         check("data set", name.split(":")[0], ours("datasets").names())
+    for text in args.perturbations or ():
+        check("perturbation", re.split("[:= ]", text.lower())[0], PERTURBATIONS)
     if args.verifier is not None:
         check("certifier", args.verifier, certifiers())
-    if args.engine != "ray" and (args.address is not None or args.gpus_per_worker is not None):
-        raise ValueError("--address and --gpus-per-worker go with --engine ray")
-    for option in ("limit", "images", "threads", "workers"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise ValueError(f"--{option} must be at least 1, got {value}")
-    for seed in args.seeds or ():
-        if seed < 0:
-            raise ValueError(f"--seeds must be at least 0, got {seed}")
     return suites.Selection(
         methods=_tuple(args.methods),
         models=_tuple(args.models),
         datasets=_tuple(args.datasets),
-        perturbations=tuple(map(Perturb.parse, args.perturbations)) if args.perturbations else None,
+        perturbations=tuple(Perturb.parse(text.lower()) for text in args.perturbations) if args.perturbations else None,
         seeds=_tuple(args.seeds),
         ratios=_tuple(args.ratios),
         trainings=_tuple(args.trainings),
@@ -254,9 +269,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
         plan, part = own_part(whole, Shard.parse(args.shard)), f", shard {args.shard}"
     store = Store(args.results)
     done = [] if args.force else [cell for cell in plan.cells if engine.finished(store.record(cell)) is not None]
+    timed = f"{plan.preset.hardware}{' with the verifier of the preset' if args.verifier else ''}"
     console.print(
         f"{args.suite}, preset {args.preset}{part}: {len(plan.cells)} cells, {len(done)} on record; "
-        f"expected {_minutes(plan.seconds(done))} on {plan.preset.hardware}. Expect: {plan.preset.expectation}.",
+        f"expected {_minutes(plan.seconds(done))} on {timed}. Expect: {plan.preset.expectation}.",
         highlight=False,
     )
     check_plan(plan, set(done), args)
@@ -282,7 +298,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def check_plan(plan: suites.Plan, done: set[Cell], args: argparse.Namespace) -> None:
-    """Refuse a plan whose data sets are not there, or with perturbations that no verifier accepts.
+    """Refuse a plan whose data sets are not there, or whose verifiers do not decide its perturbations.
 
     A dry run trusts the preset's perturbations and looks at those of the command line alone, so that it stays quick. On
     a cluster the data lies with the workers, and no file is looked for here.
@@ -341,6 +357,10 @@ def run_cells(cells: Sequence[Cell], args: argparse.Namespace, store: Store, sho
         here.prepare(left, shown)
         threads = args.threads or max(1, cores // workers)
         engine.ProcessEngine(workers).run(cells, elsewhere(threads), store, shown, force=args.force)
+    elif (args.workers or 1) > 1 and here.device.type != "cpu":
+        raise ValueError(
+            f"--workers {args.workers} on a GPU: say --engine processes (cells share it) or --engine ray (one GPU each)"
+        )
     else:
         engine.SerialEngine().run(cells, here, store, shown, force=args.force)
 

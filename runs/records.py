@@ -109,13 +109,15 @@ def pack(records: Sequence[Record], path: Path, made_by: str | None = None) -> P
         made_by: the command behind the records; None where they are those of a whole preset, which is then named.
 
     Raises:
-        ValueError: no records, another ending, or unknown how the records came about.
+        ValueError: no records, another ending, no such folder, or unknown how the records came about.
         StoreError: the file cannot be written.
     """
     if not records:
         raise ValueError("there are no records to pack")
     if path.suffix != ".jsonl":
         raise ValueError(f"packed records are JSON lines: name the file something.jsonl, not {path.name}")
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} to; make it first")
     named = made_by or preset_of(from_dict(record["cell"]) for record in records)
     if named is None:
         raise ValueError(
@@ -136,15 +138,17 @@ def read(path: Path) -> Packed:
 
     Raises:
         FileNotFoundError: there is no such file.
-        StoreError: it is damaged, or no file of records; the line is named.
-        ValueError: a cell that this version cannot read.
+        StoreError: it is damaged; the line is named.
+        ValueError: it is no file of packed records, or holds a cell that this version cannot read.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; packed records are a file, and --results reads a folder of records")
     if not path.is_file():
         raise FileNotFoundError(f"there are no packed records at {path}")
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
+    if not _begins(lines):
+        raise ValueError(f"{path} is not a file of packed records (made by `python -m runs.compare pack`)")
     rows = [_parsed(line, path, number) for number, line in enumerate(lines, 1)]
-    if not rows or rows[0].get("format") != FORMAT or not isinstance(rows[0].get("about"), dict):
-        raise StoreError(f"{path} is no file of packed records: its first line does not say {FORMAT!r}")
     if rows[0].get("version") != VERSION:
         raise StoreError(f"{path} has version {rows[0].get('version')!r}; this program reads version {VERSION}")
     records = []
@@ -190,6 +194,15 @@ def read_all(paths: Sequence[Path] = ()) -> list[Packed]:
 def merged(packed: Iterable[Packed]) -> list[Record]:
     """The records of several files, each cell once."""
     return list({record["key"]: record for one in packed for record in one.records}.values())
+
+
+def _begins(lines: Sequence[str]) -> bool:
+    """Whether the first line is that of packed records."""
+    try:
+        head = json.loads(lines[0]) if lines else None
+    except ValueError:
+        return False
+    return isinstance(head, dict) and head.get("format") == FORMAT and isinstance(head.get("about"), dict)
 
 
 def _parsed(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -96,6 +96,31 @@ def test_rows_by_name() -> None:
     assert nrs.rule("hydra", 3, 3, epochs=10, search_epochs=5).networks == pytest.approx(5.5)
 
 
+def test_ratios_follow_from_the_rounds() -> None:
+    whole = (
+        "imp with 3 prunings ends at a ratio of 0.488, not 0.9: the ratio follows from the rounds here, leave --ratios"
+    )
+    with pytest.raises(ValueError, match=whole):
+        plan("nrs", "quick", Selection(ratios=(0.9,)))
+    with pytest.raises(ValueError, match=r"imp with 1 pruning ends .*\(lwm, hydra-once of this preset take them\)"):
+        plan("nrs", "smoke", Selection(ratios=(0.2, 0.9)))
+    same = plan("nrs", "quick", Selection(methods=("imp",), ratios=(0.488,)))
+    assert same.cells == plan("nrs", "quick", Selection(methods=("imp",))).cells
+    once = plan("nrs", "smoke", Selection(methods=("lwm", "hydra-once"), ratios=(0.5, 0.7)))
+    assert {(c.pruning.label, c.pruning.ratio) for c in once.cells} == {
+        (name, ratio) for name in ("lwm", "hydra-once") for ratio in (0.5, 0.7)
+    }
+    assert all(nrs_states.method(cell).config.ratio == pytest.approx(cell.pruning.ratio) for cell in once.cells)
+
+
+def test_hydra_with_rsloss_is_a_row_of_the_large_presets() -> None:
+    for name in ("paper", "released", "fgsm"):
+        cells = plan("nrs", name, Selection(methods=("hydra+rs",))).cells
+        assert {cell.pruning.label.removesuffix(" as released") for cell in cells} == {"hydra+rs"}
+    assert "dense" not in variants("nrs")
+    assert Pruning("dense", 0.0, settings(row="dense", flavour="as_paper")).label == "dense"  # of records unfolded
+
+
 # --- the method of a cell -------------------------------------------------------------------------------------------
 def test_a_cells_training_may_be_adjusted_and_its_fine_tune_follows() -> None:
     own = settings(lr=0.004, ramp_start=0.1, ramp_end=0.7)
@@ -406,6 +431,16 @@ def test_the_other_tables(records: list[Record]) -> None:
     every = [g for g in nrs_tables.grids(_study(records)) if g.title.startswith("Every state: imp+nrs")]
     assert [row[0] for row in every[0].rows] == ["0", "1", "2 ◄"]
     assert every[0].rows[1][9].startswith("4/4 100 %")
+
+
+def test_a_row_that_is_not_printed_stands_alone(records: list[Record]) -> None:
+    states = [_state(i, 0.2 * i, "1110", STD["same"], 2) for i in range(3)]
+    (grid,) = [
+        g for g in nrs_tables.grids(_study([*records, _record(_cell("hydra+rs"), states)])) if g.title[:8] == "Table I:"
+    ]
+    (row,) = [dict(zip(grid.header, row)) for row in grid.rows if row[0] == "hydra+rs"]
+    assert row["verified"].startswith("3/4")
+    assert row["paper"] in ("", "–")
 
 
 def test_radii_are_columns_of_table_two(records: list[Record]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import urllib.error
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import certify
+import datasets
 import models
 from certify.probabilistic import required_samples
+from datasets import aircraft, scenes
 from datasets.semantic.diffae import DiffAE, DiffAEConfig, State
-from runs import compare, preflight, pretrained
+from runs import compare, measure, preflight, pretrained
 from runs.cell import Cell, Data, Network, Perturb, Pruning, Training, Verifier, settings
 from runs.execute import Execute
 from runs.progress import Silent
 from runs.store import Store, file_sha256
-from runs.suites import Selection, car, plan
+from runs.suites import Selection, car, nrs, plan, preset_names, suites
 from runs.suites.preset import Block, Preset, Rule, Schedule
 
 DIFFAE = Perturb("diffae", 1.0)
@@ -156,6 +161,116 @@ def test_such_a_plan_exits_before_any_cell(
 def test_edits_without_a_set_need_draws(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert compare.main(["--preset", "smoke", "--perturbations", "sun:1", "--results", str(tmp_path / "r")]) == 2
     assert "use --verifier probabilistic" in capsys.readouterr().err
+
+
+# --- what a verifier decides ----------------------------------------------------------------------------------------
+LINF, L2, TURNED, BRIGHT = (Perturb(kind, 0.1) for kind in ("linf", "l2", "rotation", "brightness"))
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "named", "message"),
+    [
+        *(
+            (m, "digits", LINF, "of one or two parameters, not linf 0.1; use --verifier auto")
+            for m in preflight.FEW[:3]
+        ),
+        ("deviation", "aircraft", LINF, "'deviation' decides perturbations of one or two parameters, not linf 0.1"),
+        ("deviation", "digits", BRIGHT, "measures how far keypoints move, but digits has classes; use --verifier auto"),
+        ("probabilistic", "aircraft", BRIGHT, "counts changed labels, but aircraft has keypoints"),
+        ("bab", "digits", TURNED, "searches boxes and straight lines, not rotation 0.1; use --verifier line"),
+        ("milp", "digits", TURNED, "searches boxes and straight lines, not rotation 0.1"),
+        ("milp", "digits", L2, "searches boxes and straight lines, not l2 0.1; use --verifier bab"),
+        ("forward", "aircraft", TURNED, "'forward' does not take rotation 0.1 of images with 12,288 values; use crown"),
+        (
+            "auto",
+            "digits",
+            Perturb("hue", 0.1),
+            "hue 0.1 changes the colours of RGB images, but those of digits are grey",
+        ),
+    ],
+)
+def test_a_verifier_that_cannot_decide_is_refused(method: str, data: str, named: Perturb, message: str) -> None:
+    cell = _cell(named, Verifier(method, 2), data=Data(data))
+    with pytest.raises(ValueError, match=message) as caught:
+        preflight.check_verifiers([cell])
+    assert str(caught.value).startswith(f"{cell.label}: ")
+
+
+@pytest.mark.parametrize("method", ["auto", "crown", "forward", "line", "bab", "milp", "deviation"])
+@pytest.mark.parametrize("named", [LINF, L2, TURNED, BRIGHT, Perturb("joint", 0.02)], ids=lambda named: named.kind)
+def test_what_is_refused_is_what_certify_would_refuse(method: str, named: Perturb) -> None:
+    """Asked with images of the size that the table of data sets names."""
+    points = method == "deviation"
+    name = "aircraft" if points else "digits"
+    facts = preflight.MADE[name]
+    x = torch.full((1, facts.channels, *[math.isqrt(facts.inputs // facts.channels)] * 2), 0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(facts.inputs, 2))
+    spec = certify.Deviation(1e6) if points else certify.Classification(model(x).argmax(1))
+    how, p = "line" if points else method, measure.perturbation(named)
+    cell = _cell(named, Verifier(method, 1), data=Data(name))
+    try:
+        certify.verify(model.eval(), x, spec, p, how, certify.Budget(seconds=2), attack=False)
+    except ValueError:
+        with pytest.raises(ValueError, match=f"the verifier '{method}'"):
+            preflight.check_verifiers([cell])
+    else:
+        preflight.check_verifiers([cell])
+
+
+def test_states_of_a_run_need_a_set_that_pgd_searches() -> None:
+    made = nrs.rule("imp", 1, 1)
+    pruning = Pruning(made.method, made.ratios[0], made.settings)
+    for named, verifier in ((TURNED, "line"), (SUN, "probabilistic")):
+        cell = _cell(named, Verifier(verifier, 2), pruning=pruning, data=Data("digits"))
+        with pytest.raises(ValueError, match="every state is attacked by PGD"):
+            preflight.check_verifiers([cell])
+    preflight.check_verifiers([_cell(BRIGHT, Verifier("line", 2), pruning=pruning, data=Data("digits"))])
+
+
+@pytest.mark.parametrize("suite", list(suites()))
+def test_no_preset_asks_what_its_verifier_cannot_decide(suite: str) -> None:
+    for name in preset_names(suite):
+        preflight.check_verifiers(plan(suite, name, Selection()).cells)
+
+
+def test_the_table_of_data_sets_is_right() -> None:
+    for name, facts in preflight.MADE.items():
+        kind, _, variant = name.partition(":")
+        if kind == "digits":
+            pack = datasets.load(name, split="test")
+            assert (pack.task, pack.in_channels, pack.images[0].numel(), len(pack)) == dataclasses.astuple(facts)
+            continue
+        pack = datasets.load(name, split="test", limit=1)
+        assert (pack.task, pack.in_channels, pack.images[0].numel()) == dataclasses.astuple(facts)[:3]
+        sizes = aircraft.SIZES if kind == "aircraft" else None
+        family = kind.removeprefix("scenes_")
+        counts = sizes[variant or "quick"] if sizes else scenes.family(family).counts[variant or "quick"][1]
+        assert counts["test"] == facts.test
+
+
+def test_sets_from_outside_are_asked_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(request: datasets.Request) -> datasets.Pack:
+        images, labels = torch.zeros(12, 8, 8, 1, dtype=torch.uint8), torch.arange(12) % 2
+        return datasets.Pack("own", request.split, images, labels, ("a", "b"), {})
+
+    monkeypatch.setitem(datasets.SOURCES, "own", datasets.Source("own", "twelve grey images", load))
+    cell = _cell(LINF, Verifier("auto", 12), data=Data("own"))
+    preflight.check_data([cell], None)
+    more = dataclasses.replace(cell, verifier=Verifier("auto", 13))
+    for wrong, message in (
+        (more, "13 test images are asked for, but own has 12: --images 12"),
+        (dataclasses.replace(cell, perturbations=(Perturb("hue", 0.1),)), "those of own are grey"),
+        (dataclasses.replace(cell, perturbations=(BRIGHT,), verifier=Verifier("deviation", 2)), "but own has classes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            preflight.check_data([cell, wrong], None)
+
+
+def test_an_edit_belongs_to_its_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the plan edits scenes_flowers by smile 1: unknown attribute"):
+        preflight.check_data([_cell(Perturb("smile", 1.0))], tmp_path)
+    with pytest.raises(ValueError, match="the plan edits digits by sun 1: digits is not a set of rendered scenes"):
+        preflight.check_data([_cell(SUN, data=Data("digits"))], tmp_path)
 
 
 # --- published weights ----------------------------------------------------------------------------------------------

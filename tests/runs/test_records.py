@@ -96,9 +96,7 @@ def test_long_bits_are_short_on_disk(tmp_path: Path) -> None:
         (lambda lines: [*lines[:3], lines[3][:50]], "line 4 is damaged"),
         (lambda lines: [*lines[:3], "[1]"], "line 4 is damaged: it is not a JSON object"),
         (lambda lines: lines[:-1], "should hold 7 records and holds 6"),
-        (lambda lines: lines[1:], "is no file of packed records"),
         (lambda lines: [lines[0].replace('"version":1', '"version":9'), *lines[1:]], "version 9; .* reads version 1"),
-        (lambda lines: [], "is no file of packed records"),
     ],
 )
 def test_damage_is_noticed(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -108,6 +106,20 @@ def test_damage_is_noticed(tmp_path: Path, change, message: str) -> None:  # typ
     with pytest.raises(StoreError, match=message):
         records.read(path)
     assert run("report", "--records", path, "--results", tmp_path / "out") == compare.FAILED
+
+
+@pytest.mark.parametrize("content", [b"", b"# Records\n", b"{}\n", b"[1]\n", b"\xff\xd8\xff"])
+def test_other_files_are_no_records(tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "README.md"
+    path.write_bytes(content)
+    assert run("report", "--records", path, "--results", tmp_path / "out") == compare.USAGE
+    wanted = "README.md is not a file of packed records (made by `python -m runs.compare pack`)"
+    assert wanted in capsys.readouterr().err
+    records.pack(made(), tmp_path / "a.jsonl", "by hand")
+    (tmp_path / "headless.jsonl").write_text("".join((tmp_path / "a.jsonl").read_text().splitlines(keepends=True)[1:]))
+    assert run("claims", "--records", tmp_path / "headless.jsonl", "--results", tmp_path / "out") == compare.USAGE
+    assert run("report", "--records", tmp_path) == compare.USAGE
+    assert "is a folder" in capsys.readouterr().err
 
 
 def test_two_files_may_share_cells_but_not_contradict_each_other(tmp_path: Path) -> None:
@@ -128,6 +140,8 @@ def test_missing_and_wrong_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
         records.pack([], tmp_path / "a.jsonl", "by hand")
     with pytest.raises(ValueError, match=r"something\.jsonl, not a\.json"):
         records.pack(made(), tmp_path / "a.json", "by hand")
+    with pytest.raises(ValueError, match=r"no folder .*nowhere to write a\.jsonl to"):
+        records.pack(made(), tmp_path / "nowhere" / "a.jsonl", "by hand")
     assert run("report", "--records", tmp_path / "absent.jsonl") == compare.USAGE
     assert "no packed records at" in capsys.readouterr().err
     assert run("pack", "--results", tmp_path) == compare.USAGE
