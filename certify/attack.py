@@ -12,6 +12,8 @@ from float64, L2 offsets towards the image).
 * `attack`: the right combination, at a chosen strength;
 * `probe`: plain random sampling, to re-examine verdicts by something that shares no code with the search;
 * `adversarial`: training examples (FGSM, PGD), without replay and without host synchronisation.
+
+All but `adversarial` compute in full float32 (`certify.arithmetic`); training keeps the precision that its user set.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from certify.arithmetic import full_float32
 from certify.perturbations import AffineFamily, Perturbation
 from certify.space import Space
 from certify.specs import Linear, Spec, margin, select
@@ -50,6 +53,7 @@ class Attack:
     parameters: Tensor | None = None
 
 
+@full_float32()
 def attack(
     model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, *, seed: int = 0, strength: str = "standard"
 ) -> Attack:
@@ -86,11 +90,13 @@ def attack(
         return _replay(problem, best)
 
 
+@full_float32()
 def fgsm(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation) -> Attack:
     """One gradient step of full radius on the worst row, from the unperturbed images (arXiv 1412.6572)."""
     return pgd(model, x, spec, p, steps=1, restarts=1, step_size=2.0, multi_target=False)
 
 
+@full_float32()
 def pgd(
     model: nn.Module,
     x: Tensor,
@@ -127,6 +133,7 @@ def pgd(
         return _replay(problem, best)
 
 
+@full_float32()
 def grid(
     model: nn.Module, x: Tensor, spec: Spec, p: AffineFamily, *, points: int = 129, zooms: int = 4, keep: int = 2
 ) -> Attack:
@@ -142,6 +149,7 @@ def grid(
         return _replay(problem, best)
 
 
+@full_float32()
 @torch.no_grad()
 def probe(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, n: int, seed: int = 0) -> Tensor:
     """The smallest margin (N,) over the images themselves and `n` random members of the set for each."""

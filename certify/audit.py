@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import attack
+from certify.arithmetic import constant, full_float32
 from certify.curves import Path
 from certify.perturbations import L2, AffineFamily, Perturbation
 from certify.specs import Deviation, Spec, margin, select
@@ -47,6 +48,7 @@ class Worst:
     tried: int
 
 
+@full_float32()
 @torch.no_grad()
 def worst(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, *, points: int = 1025, seed: int = 0) -> Worst:
     """Search the set around every image of x (N, ...) for its smallest margin.
@@ -77,6 +79,7 @@ def worst(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, *, points: i
     return Worst(search.margin, search.inputs, size.amax(1), noise, search.tried)
 
 
+@full_float32()
 @torch.no_grad()
 def refutations(model: nn.Module, x: Tensor, spec: Spec, p: Perturbation, cert: Certificate, found: Worst) -> list[str]:
     """What `found` (of the same model, images, property and set) and replays show to be wrong, one line each."""
@@ -111,7 +114,7 @@ def outside(p: Perturbation, x: Tensor, image: Tensor, t: Tensor | None = None) 
     """
     wide, at, p = x.double(), image.double(), _double(p)
     if isinstance(p, L2):
-        return float((at - wide).norm() - torch.as_tensor(p.eps))
+        return float((at - wide).norm() - constant(p.eps, wide))
     if isinstance(p, AffineFamily | Path) and t is not None and bool(torch.isfinite(t).all()):
         low, high = p.limits(wide)
         t = t.double()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import branching, splitting
+from certify.arithmetic import full_float32
 from certify.bounds import Graph, Region, attach, trace
 from certify.bounds.ascent import Memories, tighten
 from certify.bounds.crown import crown_intervals, crown_rows
@@ -76,6 +77,7 @@ class Verdict:
     margin: float
 
 
+@full_float32()
 def verify(
     model: nn.Module,
     x: Tensor,

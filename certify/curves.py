@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from certify.perturbations import Perturbation, Radius, _check_radius, _clip, _symmetric, _uniform
+from certify.arithmetic import constant
+from certify.perturbations import Perturbation, Radius, _check_radius, _clip, _picked, _symmetric, _uniform
 
 
 class Path(Perturbation):
@@ -110,7 +111,8 @@ class Hue(Path):
         safe = chroma.clamp(min=torch.finfo(x.dtype).tiny)
         r, g, b = x.split(1, 1)
         hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-        return value, chroma, torch.remainder(hue + x.new_tensor([5.0, 3.0, 1.0]).reshape(1, 3, 1, 1), 6)
+        first = torch.stack([constant(place, x) for place in (5.0, 3.0, 1.0)])
+        return value, chroma, torch.remainder(hue + first.reshape(1, 3, 1, 1), 6)
 
     @staticmethod
     def _trapezoid(place: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class Curve(Path):
             raise ValueError(f"a curve of images {tuple(self.images.shape)} does not fit a batch {tuple(x.shape)}")
 
     def select(self, index: Tensor | slice, n: int) -> Curve:
-        return dataclasses.replace(self, images=self.images[index])
+        return dataclasses.replace(self, images=_picked(self.images, index))
 
     def describe(self) -> str:
         return f"Curve({len(self.knots)} knots)"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import inputs, line
+from certify.arithmetic import full_float32
 from certify.motion import parametric
 from certify.perturbations import Perturbation
 from certify.precisions import Precisions
@@ -37,6 +38,7 @@ class Deviations:
     work: dict[str, Tensor]
 
 
+@full_float32()
 def deviation(
     model: nn.Module,
     x: Tensor,

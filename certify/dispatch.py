@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from certify import attack as attacks
 from certify import bab, inputs, line
+from certify.arithmetic import full_float32
 from certify.bounds import METHODS as BOUNDS
 from certify.bounds import Graph, UnsupportedOperation, lower_rows
 from certify.curves import Curve, Path
@@ -53,8 +54,8 @@ def register(name: str, verifier: Outside) -> None:
     Args:
         name: as given to ``verify(method=...)``.
         verifier: called as verifier(model, x, spec, p, budget, seed), without gradients, on checked inputs in the
-            chunks of `verify`; returns a `Certificate` for every image of x. HOLDS is taken at its word. VIOLATED needs
-            a counterexample that the model fails on in a plain forward pass.
+            chunks of `verify`, in full float32; returns a `Certificate` for every image of x, on any device. HOLDS is
+            taken at its word. VIOLATED needs a counterexample that the model fails on in a plain forward pass.
 
     Raises:
         ValueError: the name is taken.
@@ -64,6 +65,7 @@ def register(name: str, verifier: Outside) -> None:
     OUTSIDE[name] = verifier
 
 
+@full_float32()
 def verify(
     model: nn.Module,
     x: Tensor,
@@ -159,9 +161,10 @@ def _outside(
             f"the verifier {name!r} returned {len(found.status)} statuses for {len(x)} images, or values that are none "
             "of certify.Status"
         )
-    broken = (found.status == Status.VIOLATED).nonzero().squeeze(1).to(x.device)
+    found = dataclasses.replace(found, method=name).to(x.device)
+    broken = (found.status == Status.VIOLATED).nonzero().squeeze(1)
     if len(broken):
-        inputs = found.counterexamples[broken].to(x)
+        inputs = found.counterexamples.to(x)[broken]
         reference = model(x)
         stands = ~(margin(select(spec, reference, broken), model(inputs), reference[broken]) <= 0)
         low, high = p.select(broken, len(x)).hull(x[broken])
@@ -172,7 +175,7 @@ def _outside(
                     f"the verifier {name!r} calls image {int(broken[wrong][0])} of its chunk VIOLATED, but the "
                     f"counterexample that it gives {why}"
                 )
-    return dataclasses.replace(found, method=name)
+    return found
 
 
 class _Chunk:
@@ -355,4 +358,4 @@ class _Chunk:
             self.status, self.lower, self.seconds, self.inputs, self.work or {"rows": self.bounded}, method,
             margin=MARGIN, dtype="float64" if self.x.dtype == torch.float64 else "float32, close calls in float64",
             parameters=self.parameters,
-        )  # fmt: skip
+        ).to(self.x.device)  # fmt: skip

@@ -40,9 +40,12 @@ class _Resampled(Path):
         their derivatives."""
 
     @abc.abstractmethod
-    def _speed(self, lo: Tensor, hi: Tensor) -> float:
-        """Most that a sampling point moves for a unit of t within [lo, hi] (B,), per pixel of distance from the
-        centre."""
+    def _way(self, lo: Tensor, hi: Tensor) -> Tensor:
+        """Most that a sampling point moves from lo to hi (B,), per pixel of distance from the centre: (B,)."""
+
+    def _cut(self, lo: Tensor, hi: Tensor, share: float) -> Tensor:
+        """The parameter (B,) at a share of that way."""
+        return lo + (hi - lo) * share
 
     def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim != 4:
@@ -63,19 +66,21 @@ class _Resampled(Path):
     def enclose(self, x: Tensor, lo: Tensor, hi: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         farthest = math.hypot(x.shape[2] - 1, x.shape[3] - 1) / 2
         # Each part is short enough for a sampling point to stay within two by two cells.
-        longest = float((hi - lo).max()) * self._speed(lo, hi) if len(lo) else 0.0
+        longest = float(self._way(lo, hi).max()) if len(lo) else 0.0
         parts = max(1, math.ceil(longest * farthest / 0.9))
         start, end = self.trace(x, lo, image), self.trace(x, hi, image)
         least, most = torch.zeros_like(start), torch.zeros_like(start)
-        before = start
+        before, a = start, lo
         for part in range(parts):
-            a, b = lo + (hi - lo) * part / parts, lo + (hi - lo) * (part + 1) / parts
-            after = end if part == parts - 1 else self.trace(x, b, image)
+            last = part == parts - 1
+            b = hi if last else self._cut(lo, hi, (part + 1) / parts)
+            after = end if last else self.trace(x, b, image)
             remainder = self._remainder(x, a, b)
-            for at, value in ((part / parts, before), ((part + 1) / parts, after)):
+            for t, value in ((a, before), (b, after)):
+                at = torch.where(hi > lo, (t - lo) / (hi - lo), 0.0).reshape(-1, 1, 1, 1)
                 departure = value - start - (end - start) * at
                 least, most = torch.minimum(least, departure - remainder), torch.maximum(most, departure + remainder)
-            before = after
+            before, a = after, b
         return (start + end) / 2 + (least + most) / 2, (end - start) / 2, (most - least) / 2
 
     def _remainder(self, x: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -138,8 +143,8 @@ class Rotation(_Resampled):
             ((u - reach) * degree, (u + reach) * degree),
         )
 
-    def _speed(self, lo: Tensor, hi: Tensor) -> float:
-        return math.radians(1.0)
+    def _way(self, lo: Tensor, hi: Tensor) -> Tensor:
+        return torch.deg2rad(hi - lo)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,8 +174,12 @@ class Scale(_Resampled):
             _ordered(-rows / (1 + lo) ** 2, -rows / (1 + hi) ** 2),
         )
 
-    def _speed(self, lo: Tensor, hi: Tensor) -> float:
-        return 1 / (1 + float(lo.min())) ** 2
+    def _way(self, lo: Tensor, hi: Tensor) -> Tensor:
+        return 1 / (1 + lo) - 1 / (1 + hi)
+
+    def _cut(self, lo: Tensor, hi: Tensor, share: float) -> Tensor:
+        start, end = 1 / (1 + lo), 1 / (1 + hi)
+        return (1 / (start + (end - start) * share) - 1).clamp(lo, hi)
 
 
 def _ordered(a: Tensor, b: Tensor) -> Ends:

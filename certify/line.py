@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from certify.arithmetic import full_float32
 from certify.line_search import MARGIN, METHODS, SCREEN, Minimum, Networks, Search, margin_size
 from certify.motion import Parametric
 from certify.specs import Deviation, Spec, margin, select
@@ -54,6 +55,7 @@ class Answer:
     work: dict[str, Tensor]
 
 
+@full_float32()
 def verify(
     nets: Networks,
     x: Tensor,
@@ -109,6 +111,7 @@ def verify(
     return Answer(status, lower, found.seconds, parameters, inputs, found.work)
 
 
+@full_float32()
 def minimum(
     nets: Networks,
     x: Tensor,

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from certify.arithmetic import full_float32
 from certify.perturbations import L2, AffineFamily, Box, Linf, Perturbation
 
 FIXED = "CROWN-Optimized-Fixed"
@@ -41,6 +42,7 @@ INSTALL = (
 )
 
 
+@full_float32()
 def bounds(
     model: nn.Module,
     x: Tensor,

@@ -16,6 +16,7 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
+from certify.arithmetic import full_float32
 from certify.bounds import attach, trace
 from certify.bounds.crown import crown_intervals
 from certify.bounds.graph import Graph
@@ -51,6 +52,7 @@ class Minimum:
     finished: bool
 
 
+@full_float32()
 def minimum(
     model: nn.Module,
     x: Tensor,

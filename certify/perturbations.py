@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from certify.arithmetic import constant
+
 Radius = float | Tensor
 
 LUMA = (0.299, 0.587, 0.114)
@@ -66,7 +68,7 @@ class Perturbation(abc.ABC):
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
             if isinstance(value, Tensor) and value.ndim and len(value) == n and n > 1:
-                changes[field.name] = value[index]
+                changes[field.name] = _picked(value, index)
         return dataclasses.replace(self, **changes) if changes else self  # type: ignore[type-var]
 
     def spread(self, x: Tensor) -> Perturbation:
@@ -125,8 +127,13 @@ def _check_reach(eps: Radius, clip: bool, name: str = "eps") -> None:
 
 def _spread(eps: Radius, like: Tensor) -> Tensor:
     """`eps` as a tensor of `like`'s dtype that broadcasts over the batch axis of `like`."""
-    eps = torch.as_tensor(eps, dtype=like.dtype, device=like.device)
+    eps = constant(eps, like)
     return eps.reshape(-1, *[1] * (like.ndim - 1)) if eps.ndim else eps
+
+
+def _picked(value: Tensor, index: Tensor | slice) -> Tensor:
+    """The entries of a tensor that need not be where the index is."""
+    return value[index.to(value.device) if isinstance(index, Tensor) else index]
 
 
 def _clip(x: Tensor, clip: bool) -> Tensor:
@@ -230,7 +237,7 @@ class Box(Perturbation):
         return dataclasses.replace(self, lo=self.lo.expand(x.shape), hi=self.hi.expand(x.shape))
 
     def select(self, index: Tensor | slice, n: int) -> Box:
-        ends = [v[index] if v.ndim > 1 and len(v) == n and n > 1 else v for v in (self.lo, self.hi)]
+        ends = [_picked(v, index) if v.ndim > 1 and len(v) == n and n > 1 else v for v in (self.lo, self.hi)]
         return dataclasses.replace(self, lo=ends[0], hi=ends[1])
 
     def check(self, x: Tensor) -> None:
@@ -287,7 +294,7 @@ class AffineFamily(Perturbation):
 
 
 def _symmetric(eps: Radius, x: Tensor) -> tuple[Tensor, Tensor]:
-    radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x)).unsqueeze(1)
+    radius = constant(eps, x).expand(len(x)).unsqueeze(1)
     return -radius, radius
 
 
@@ -371,7 +378,8 @@ class Saturation(AffineFamily):
     def directions(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"Saturation needs RGB images (N, 3, H, W), got {tuple(x.shape)}")
-        grey = (x * x.new_tensor(LUMA).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+        luma = torch.stack([constant(share, x) for share in LUMA])
+        grey = (x * luma.reshape(1, 3, 1, 1)).sum(1, keepdim=True)
         return (x - grey).unsqueeze(1)
 
     def limits(self, x: Tensor) -> tuple[Tensor, Tensor]:

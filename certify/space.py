@@ -11,6 +11,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from certify.arithmetic import constant
 from certify.perturbations import L2, AffineFamily, Box, Linf, Perturbation
 
 
@@ -36,13 +37,13 @@ class Space:
         else:
             lo, hi = p.hull(wide)
         if isinstance(p, L2):
-            radius = torch.as_tensor(p.eps, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1))
+            radius = constant(p.eps, x).reshape(-1, *[1] * (x.ndim - 1))
             radius = radius.expand(len(x), *[1] * (x.ndim - 1))
         if exact:
             lo, hi = _inwards(lo, hi, x.dtype)
         half = (hi - lo) / 2
         if isinstance(p, Linf):
-            half = torch.as_tensor(p.eps, dtype=x.dtype, device=x.device).reshape(-1, *[1] * (x.ndim - 1)).expand_as(x)
+            half = constant(p.eps, x).reshape(-1, *[1] * (x.ndim - 1)).expand_as(x)
         return cls(p, x, lo, hi, half, radius, isinstance(p, Linf | L2 | Box | AffineFamily))
 
     def at(self, index: Tensor) -> Space:
@@ -86,7 +87,7 @@ class Space:
             return self.project(z)
         centre = self.x.double()
         offset = torch.maximum(torch.minimum(z, self.hi), self.lo).double() - centre
-        eps = torch.as_tensor(getattr(self.p, "eps"), dtype=torch.float64, device=z.device)  # noqa: B009
+        eps = constant(getattr(self.p, "eps"), centre)  # noqa: B009
         eps = eps.reshape(-1, *[1] * (z.ndim - 1)).expand_as(self.radius)
         norm = offset.flatten(1).norm(dim=1).reshape(self.radius.shape)
         offset = torch.where(norm > eps, offset * (eps / norm.clamp_min(1e-300) * (1 - 1e-12)), offset)

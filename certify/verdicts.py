@@ -35,7 +35,7 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """Verdicts for a batch of N images.
+    """Verdicts for a batch of N images. All tensors are on the device of the images.
 
     Attributes:
         status: (N,) int64, values of `Status`.
@@ -65,6 +65,18 @@ class Certificate:
     def __len__(self) -> int:
         return len(self.status)
 
+    def to(self, device: torch.device | str) -> Certificate:
+        """The same with all tensors on `device`."""
+        return dataclasses.replace(
+            self,
+            status=self.status.to(device),
+            lower=self.lower.to(device),
+            seconds=self.seconds.to(device),
+            counterexamples=self.counterexamples.to(device),
+            work={kind: count.to(device) for kind, count in self.work.items()},
+            parameters=None if self.parameters is None else self.parameters.to(device),
+        )
+
     def counts(self) -> dict[str, int]:
         """How many images got each status, by lower-case name, in the order of `Status`."""
         return {s.name.lower(): int((self.status == s).sum()) for s in Status}
@@ -75,12 +87,13 @@ class Certificate:
 
 
 def join(parts: list[Certificate]) -> Certificate:
-    """One certificate over the images of several, in order (all by the same verifier)."""
+    """One certificate over the images of several, in order (all by the same verifier, on the same device)."""
     if not parts:
         raise ValueError("no certificates to join")
     first = parts[0]
     kinds = {k for part in parts for k in part.work}
-    work = {k: torch.cat([p.work.get(k, torch.zeros(len(p), dtype=torch.int64)) for p in parts]) for k in sorted(kinds)}
+    none = [torch.zeros(len(p), dtype=torch.int64, device=p.status.device) for p in parts]
+    work = {k: torch.cat([p.work.get(k, zero) for p, zero in zip(parts, none)]) for k in sorted(kinds)}
     parameters = None
     if all(p.parameters is not None for p in parts):
         parameters = torch.cat([p.parameters for p in parts if p.parameters is not None])

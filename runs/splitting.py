@@ -64,12 +64,14 @@ def split(
     model = copy.deepcopy(model).double()
     low, high = lo.double().unsqueeze(0), hi.double().unsqueeze(0)
     C, d = C.to(low), d.to(low)
-    slack = ROUNDING * (1.0 + float(d.abs().max()))
+    with torch.no_grad():
+        size = float((model((low + high) / 2).abs() @ C.abs().T + d.abs()).max())
+    slack = ROUNDING * (1.0 + size)  # infinite or NaN where the outputs are: then nothing is proved
     smallest = 1e-12 * (1.0 + float(torch.maximum(low.abs(), high.abs()).max()))
     bound, score, found = _examine(model, low, high, C, d, confirm)
     domains, settled, stuck = 1, math.inf, math.inf
     while found is None:
-        open_ = bound <= slack
+        open_ = ~(bound > slack)
         settled = min([settled, *bound[~open_].tolist()])
         low, high, bound, score = low[open_], high[open_], bound[open_], score[open_]
         fixed = (high - low).flatten(1).amax(1) <= smallest
@@ -111,7 +113,8 @@ def _examine(
                 if margins[i] <= 0 and confirm(points[i]):
                     return margins, score, points[i]
         lower, _ = bounds(model, centre.detach(), Box(lo, hi), "crown", C.expand(len(lo), *C.shape))
-        return (lower + d).amin(1), score, None
+        # A bound that overflowed says nothing.
+        return (lower + d).amin(1).nan_to_num(nan=-math.inf, posinf=-math.inf), score, None
 
 
 def _cut(lo: Tensor, hi: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:

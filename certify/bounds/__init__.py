@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from certify import inputs
+from certify.arithmetic import full_float32
 from certify.bounds import alpha, forward
 from certify.bounds.crown import crown_intervals, crown_rows
 from certify.bounds.graph import Graph
@@ -49,6 +50,9 @@ class Network:
     In training mode batch normalisation uses the statistics of this batch; gradients flow through them as well, unless
     `detach_statistics` is set, which saves the backward pass through the clean network.
 
+    A training step runs as fast as its user allows: tracing and `propagate` keep the precision of float32 that is set
+    (TF32 by default on a GPU), where `bounds` takes all of it.
+
     Raises:
         UnsupportedOperation: for an operation without a sound bound, naming it and its module.
         ValueError: for non-finite weights, when `check` is set.
@@ -59,6 +63,7 @@ class Network:
         self.graph = self.recorded.folded()
         self._x = x
 
+    @full_float32()
     def bounds(
         self, p: Perturbation, method: str = "ibp", C: Tensor | None = None, memory: int = 1 << 28
     ) -> tuple[Tensor, Tensor]:
@@ -70,6 +75,7 @@ class Network:
         return Propagation.of(self.graph, self.recorded, self._x, p, method)
 
 
+@full_float32()
 def bounds(
     model: nn.Module,
     x: Tensor,

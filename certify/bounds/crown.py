@@ -8,11 +8,12 @@ by the same backward pass, layer by layer, for those neurons whose interval make
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from certify.bounds.activations import LeakyReLU, ReLU
 from certify.bounds.graph import Graph
 from certify.bounds.op import Activation, Affine, Coefficients, Interval, Relaxation
 from certify.bounds.pooling import MaxPool2d, PoolRelaxation
@@ -135,7 +136,7 @@ def crown_intervals(graph: Graph, region: Region, memory: int = 1 << 28, interse
         elif any(graph.nodes[i].op is not None for i in node.inputs):
             where = undecided(graph, readers, index, plain)
             if where is not None:
-                own[index] = _tighten(graph, region, own, lines, index, where, memory)
+                own[index] = _tighten(graph, region, own, lines, readers, index, where, memory)
                 met[index] = _meet(own[index], step)
     return met if intersect else own
 
@@ -179,6 +180,7 @@ def _tighten(
     region: Region,
     found: list[Interval],
     lines: Lines,
+    readers: list[list[int]],
     index: int,
     where: Tensor,
     memory: int,
@@ -193,7 +195,7 @@ def _tighten(
     first = min(memory // 16, 2 * _working_set(lo.device, memory))
     chunk, at = max(1, first // (lo.element_size() * widest)), 0
     lower, upper = [], []
-    maps, shortcut = Maps(), _Shortcut(found)
+    maps, shortcut = Maps(), _Shortcut(found, early=_sign_is_all(graph, readers[index]))
     while at < len(image):
         part = slice(at, at + chunk)
         start = Neurons.both_signs(image[part], entry[part], graph.nodes[index].shape, lo.dtype, maps)
@@ -210,6 +212,12 @@ def _tighten(
     return torch.minimum(new_lo, new_hi), torch.maximum(new_lo, new_hi)
 
 
+def _sign_is_all(graph: Graph, readers: Sequence[int]) -> bool:
+    """Whether all who read a node are straight on either side of 0, so that a settled sign is all they need."""
+    bent = [op for op in map(graph.operation, readers) if isinstance(op, (Activation, MaxPool2d))]
+    return all(isinstance(op, (ReLU, LeakyReLU)) for op in bent)
+
+
 def _working_set(device: torch.device, memory: int) -> int:
     """Bytes for the functionals of one chunk: half a dozen tensors of that size are alive at once.
 
@@ -222,11 +230,12 @@ class _Shortcut:
     """Backward passes that stop early for neurons whose sign is settled on the way (GPUPoly, Mueller et al., 2021).
 
     At the input of an activation tight intervals are known, so the functionals that have come this far give bounds
-    already. The first chunk of neurons is looked at everywhere; later ones only where that settled some.
+    already. The first chunk of neurons is looked at everywhere; later ones only where that settled some. Nothing stops
+    unless ``early``: a sigmoid or a pooling window needs more of its input than the sign.
     """
 
-    def __init__(self, found: list[Interval]) -> None:
-        self.found = found
+    def __init__(self, found: list[Interval], early: bool) -> None:
+        self.found, self.early = found, early
         self.widest = 0  # numbers that one neuron's functionals took at most
         self._regions: dict[int, Region] = {}
         self._pays: dict[int, bool] = {}
@@ -239,7 +248,7 @@ class _Shortcut:
         def settle(at: int, c: Coefficients, constant: Tensor) -> Tensor | None:
             nonlocal alive
             self.widest = max(self.widest, c.data[0].numel())
-            if not self._pays.get(at, True):
+            if not (self.early and self._pays.get(at, True)):
                 return None
             if at not in self._regions:
                 self._regions[at] = Region(*self.found[at])

@@ -8,6 +8,7 @@ import functools
 import torch
 from torch import Tensor
 
+from certify.arithmetic import constant
 from certify.bounds.activations import Clamp
 from certify.bounds.affine import AffinePath
 from certify.bounds.graph import Graph
@@ -73,6 +74,5 @@ def attach(graph: Graph, x: Tensor, p: Perturbation, hull: bool = False) -> tupl
         return graph.prefixed(ops, shapes), Region(lo, hi)
     lo, hi = p.hull(x)
     if isinstance(p, L2):
-        radius = torch.as_tensor(p.eps, dtype=x.dtype, device=x.device).expand(len(x))
-        return graph, Region(lo, hi, x, radius)
+        return graph, Region(lo, hi, x, constant(p.eps, x).expand(len(x)))
     return graph, Region(lo, hi)

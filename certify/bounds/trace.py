@@ -7,8 +7,9 @@ its module; a value-dependent branch (``if x.sum() > 0``) raises too, because on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,16 @@ HANDLERS: dict[str, Handler] = {**trace_layers.HANDLERS, **trace_shapes.HANDLERS
 METADATA = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_floating_point", "is_complex", "is_contiguous",
     "element_size", "get_device", "storage_offset", "__len__", "is_nonzero", "requires_grad_", "is_inference",
-    "data_ptr", "type",
+    "data_ptr",
 }  # fmt: skip
 PROPERTIES = {
     "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_leaf", "grad_fn", "is_quantized",
     "is_mkldnn", "is_sparse", "is_meta", "is_nested", "names", "is_mps", "is_cpu", "itemsize", "nbytes",
 }  # fmt: skip
+POINTS = 4
+_CHECKED: WeakKeyDictionary[nn.Module, Hashable] = WeakKeyDictionary()
+"""Models that have been held against their graphs on other images, and in which state."""
+
 VALUE_DEPENDENT = {"__bool__", "__float__", "__int__", "item", "tolist", "__index__", "numpy", "is_nonzero"}
 
 
@@ -41,7 +46,9 @@ def trace(model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bo
     In training mode batch normalisation uses the statistics of this batch, as the forward pass does, and updates its
     running statistics; gradients reach the parameters through the graph's tensors, also by way of those statistics
     unless `detach_statistics` (a third cheaper, and not the gradient of the bound). `check` looks at the weights, and
-    holds the graph against the model on `x` (in evaluation mode); a training step leaves both out.
+    (in evaluation mode) holds the graph against the model, on `x` and, once for a model as it is, on other images: what
+    escapes the recorder, or is drawn at random, is a constant of the graph that only those tell. A training step leaves
+    both out.
 
     Raises:
         UnsupportedOperation: for a step without a sound bound, naming it and its module.
@@ -53,18 +60,57 @@ def trace(model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bo
     graph, output = _record(model, x, detach_statistics)
     if check and not model.training:
         with torch.no_grad():
-            difference = (graph.forward(x) - output).abs().amax().item()
-            if not difference <= 1e-3 * (1 + output.abs().amax().item()):
-                raise UnsupportedOperation(
-                    f"the recorded operations compute something else than the model (off by {difference:.3g}); "
-                    "it may write into a tensor that it has a view of, or draw random numbers"
-                )
+            _agree(graph.forward(x), output)
+            state = _state(model, x)
+            if state is None or _CHECKED.get(model) != state:
+                if state is not None and not torch.is_inference_mode_enabled():
+                    _watch(model, x[:1])
+                for points in _elsewhere(x[:POINTS]):
+                    _agree(graph.select(torch.arange(len(points), device=x.device)).forward(points), model(points))
+                if state is not None:
+                    _CHECKED[model] = state
     return graph, output
 
 
-def _record(model: nn.Module, x: Tensor, detach_statistics: bool) -> tuple[Graph, Tensor]:
-    recorder = _Recorder(len(x), detach_statistics, model.training)
-    x = x.detach()
+def _agree(found: Tensor, wanted: Tensor) -> None:
+    same = (found == wanted) | (found.isnan() & wanted.isnan())  # where both overflow
+    difference = (found - wanted).abs().masked_fill(same, 0.0).amax().item()
+    if not difference <= 1e-4 * (1 + wanted.nan_to_num(0.0, 0.0, 0.0).abs().amax().item()):
+        raise UnsupportedOperation(
+            f"the recorded operations compute something else than the model (off by {difference:.3g}); it may compute "
+            "with values that are not seen (torch.jit, torch.vmap, a new Parameter), write into a tensor that it has a "
+            "view of, or draw random numbers"
+        )
+
+
+def _watch(model: nn.Module, x: Tensor) -> None:
+    """Record once more, for one image (1, ...), with the eyes of autograd on what the recorder takes for constants."""
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        _record(model, leaf.clone(), False, leaf)  # a copy, which the model may write into
+
+
+def _elsewhere(x: Tensor) -> Iterator[Tensor]:
+    """Other images than `x` (N, ...), in the range of its values."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = x.amin(), x.amax()
+    high = torch.where(high > low, high, low + 1)
+    yield low + high - x
+    for _ in range(3):
+        yield low + (high - low) * torch.rand(x.shape, generator=generator).to(x)
+
+
+def _state(model: nn.Module, x: Tensor) -> Hashable | None:
+    """What changes when the weights are replaced or written to; None where that cannot be told."""
+    values = [*model.parameters(), *model.buffers()]
+    if any(value.is_inference() for value in values):
+        return None
+    return tuple((v.data_ptr(), v._version) for v in values), tuple(x.shape[1:]), x.dtype, x.device
+
+
+def _record(model: nn.Module, x: Tensor, detach_statistics: bool, leaf: Tensor | None = None) -> tuple[Graph, Tensor]:
+    recorder = _Recorder(len(x), detach_statistics, model.training, leaf)
+    x = x.detach() if leaf is None else x
     recorder.add(None, (), x)
     hooks = []
     for name, module in model.named_modules():
@@ -85,10 +131,15 @@ def _record(model: nn.Module, x: Tensor, detach_statistics: bool) -> tuple[Graph
 
 
 class _Recorder(TorchFunctionMode):
-    """Records a node for every operation on a traced value and lets everything else run."""
+    """Records a node for every operation on a traced value and lets everything else run.
 
-    def __init__(self, batch: int, detach_statistics: bool, training: bool) -> None:
+    With a ``leaf`` that the input was made from under autograd, constants that depend on it all the same are refused.
+    """
+
+    def __init__(self, batch: int, detach_statistics: bool, training: bool, leaf: Tensor | None = None) -> None:
         super().__init__()
+        self.leaf = leaf
+        self._memory: set[int] = set()  # of traced values, kept only with a leaf
         self.batch, self.detach_statistics, self.training = batch, detach_statistics, training
         self.nodes: list[Node] = []
         self._index: dict[int, int] = {}
@@ -124,6 +175,8 @@ class _Recorder(TorchFunctionMode):
     def _know(self, value: Tensor, index: int) -> None:
         self._index[id(value)] = index
         self._alive.append(value)
+        if self.leaf is not None:
+            self._memory.add(value.untyped_storage().data_ptr())
         if not value.is_inference():
             self._version[id(value)] = value._version
 
@@ -131,6 +184,28 @@ class _Recorder(TorchFunctionMode):
         """Whether a traced tensor has been written to, through another one of its memory, since it was recorded."""
         known = self._version.get(id(value))
         return isinstance(value, Tensor) and known is not None and value._version != known
+
+    def _escaped(self, value: object) -> bool:
+        """Whether something that looks like a constant was made from the input, or holds it."""
+        if not isinstance(value, Tensor) or self.find(value) is not None:
+            return False
+        if self._shares(value):
+            return True
+        ahead, seen = [value.grad_fn], set()
+        while ahead:
+            function = ahead.pop()
+            if function is None or function in seen:
+                continue
+            variable = getattr(function, "variable", None)
+            if variable is not None and (variable is self.leaf or self._shares(variable)):
+                return True
+            seen.add(function)
+            ahead += [before for before, _ in function.next_functions]
+        return False
+
+    def _shares(self, value: Tensor) -> bool:
+        """Whether a tensor lies in the memory of a traced one."""
+        return value.numel() > 0 and value.untyped_storage().data_ptr() in self._memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,6 +216,11 @@ class _Recorder(TorchFunctionMode):
         asks_type = name in ("to", "type_as") and self.find(args[0]) is None  # a constant takes on the input's type
         if not traced or asks_type or name in METADATA or name in PROPERTIES:
             return func(*args, **kwargs)
+        if torch.is_autocast_enabled(_device_type(args, kwargs)):
+            raise UnsupportedOperation(
+                f"module {self.path!r} runs under autocast, which rounds to half precision; bounds are made for "
+                "float32 and float64"
+            )
         if name in VALUE_DEPENDENT:
             raise UnsupportedOperation(
                 f"module {self.path!r} looks at the values of its input ({name}); a branch on values cannot be bounded"
@@ -166,6 +246,11 @@ class _Recorder(TorchFunctionMode):
             raise UnsupportedOperation(
                 f"operation {name!r} in module {self.path!r} reads a view whose memory was written to after the view "
                 "was made; use the out-of-place form of what writes"
+            )
+        if self.leaf is not None and any(self._escaped(v) for v in _flatten((args, kwargs))):
+            raise UnsupportedOperation(
+                f"operation {name!r} in module {self.path!r} reads a value that was computed from the input "
+                "by a step that is not seen (torch.jit, torch.vmap, a new Parameter, a subclass of Tensor)"
             )
         try:
             op, sources, *known = handler(self, *args, **kwargs)
@@ -199,6 +284,10 @@ class _Recorder(TorchFunctionMode):
         found = tuple(self.find(s) for s in sources)
         assert all(i is not None for i in found)
         return found  # type: ignore[return-value]
+
+
+def _device_type(*values: Any) -> str:
+    return next(value.device.type for value in _flatten(values) if isinstance(value, Tensor))
 
 
 def _flatten(value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from certify.arithmetic import constant
 from certify.bounds.affine import Add, Scale
 from certify.bounds.op import UnsupportedOperation
 from certify.bounds.trace_rules import Handled, Handlers, Recording, need_constant
@@ -17,7 +18,8 @@ HANDLERS = Handlers()
 
 def _constant(recording: Recording, value: Any, x: Tensor) -> Tensor:
     """A number or tensor that is combined elementwise with `x`, without its batch axis."""
-    value = torch.as_tensor(value, dtype=x.dtype, device=x.device) if not isinstance(value, Tensor) else value.to(x)
+    known = isinstance(value, Tensor | int | float)
+    value = constant(value, x) if known else torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if value.ndim >= x.ndim:
         if value.ndim > x.ndim or value.shape[0] != 1:
             raise UnsupportedOperation(
@@ -34,16 +36,16 @@ def _sum_of(r: Recording, a: Any, b: Any, sign: float) -> Handled:
             raise UnsupportedOperation(f"a sum in module {r.path!r} broadcasts over the batch axis")
         return Add((tuple(a.shape[1:]), tuple(b.shape[1:])), sign), (a, b)
     if r.find(a) is not None:
-        return _shifted(r, a, None, sign * _constant(r, b, a))
-    return _shifted(r, b, torch.as_tensor(sign, dtype=b.dtype, device=b.device), _constant(r, a, b))
+        return _shifted(r, a, 1.0, sign * _constant(r, b, a))
+    return _shifted(r, b, sign, _constant(r, a, b))
 
 
-def _shifted(r: Recording, x: Tensor, scale: Tensor | None, shift: Tensor) -> Handled:
+def _shifted(r: Recording, x: Tensor, sign: float, shift: Tensor) -> Handled:
     if np.broadcast_shapes(shift.shape, x.shape[1:]) != x.shape[1:]:
         raise UnsupportedOperation(
             f"a sum in module {r.path!r} broadcasts its input from {tuple(x.shape[1:])} to a larger shape"
         )
-    return Scale(None if scale is not None and scale.ndim == 0 and float(scale) == 1 else scale, shift), (x,)
+    return Scale(None if sign == 1 else constant(sign, x), shift), (x,)
 
 
 @HANDLERS.handles("add", "__add__", "__radd__", "__iadd__")
@@ -90,4 +92,4 @@ def _scaled(r: Recording, x: Tensor, factor: Tensor) -> Handled:
 
 @HANDLERS.handles("neg", "negative", "__neg__")
 def _neg(r: Recording, input: Tensor) -> Handled:
-    return Scale(torch.tensor(-1.0, dtype=input.dtype, device=input.device), None), (input,)
+    return Scale(constant(-1.0, input), None), (input,)

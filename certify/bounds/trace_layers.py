@@ -227,6 +227,6 @@ def _dropout(r: Recording, input: Tensor, p: float = 0.5, training: bool = True,
     return None, (input,)
 
 
-@HANDLERS.handles("identity", "contiguous", "clone", "to", "float", "double", "detach", "alias")
+@HANDLERS.handles("identity", "contiguous", "clone", "to", "type", "float", "double", "detach", "alias")
 def _identity(r: Recording, input: Tensor, *args: Any, **kwargs: Any) -> Handled:
     return None, (input,)

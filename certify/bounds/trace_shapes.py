@@ -88,7 +88,7 @@ def _getitem(r: Recording, input: Tensor, index: Any) -> Handled:
     return NonNegative(lambda v: v[index], tuple(input.shape[1:]), "indexing"), (input,)
 
 
-@HANDLERS.handles("chunk", "tensor_split")
+@HANDLERS.handles("chunk")
 def _chunk(r: Recording, input: Tensor, chunks: Any, dim: int = 0) -> Handled:
     return _pieces(r, input, "chunk", chunks, dim)
 

@@ -124,7 +124,8 @@ class Window(Coefficients):
         return self._cut(value, self.image)
 
     def constant(self, value: Tensor) -> Tensor:
-        if value.ndim < 2 or (value.shape[-1] == 1 and value.shape[-2] == 1):
+        # What differs from place to place, (W,) and (H, 1) included, has to be cut like the map that it belongs to.
+        if value.numel() == 1 or (value.ndim >= 3 and value.shape[-2:] == (1, 1)):
             return value
         full = value.expand(self.data.shape[2], *self.size).unsqueeze(0)
         return self._cut(full, torch.zeros_like(self.position[:, 0]))
@@ -147,7 +148,7 @@ class Window(Coefficients):
 
     def sum(self, weight: Tensor | None = None) -> Tensor:
         data = self.masked().data
-        if weight is not None and weight.numel() == self.data.shape[2] == weight.shape[0]:
+        if weight is not None and tuple(weight.shape[-3:]) == (self.data.shape[2], 1, 1):
             return data.sum((3, 4)) @ weight.flatten()
         return (data if weight is None else data * self.constant(weight)).sum((2, 3, 4))
 

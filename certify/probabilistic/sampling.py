@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from certify.arithmetic import full_float32
+from certify.inputs import check_evaluation
 from certify.perturbations import Perturbation
 from certify.probabilistic import bounds, transforms
 from certify.probabilistic.cccert import WHY, CCCert, cc_cert
@@ -54,6 +56,7 @@ class _Sample:
     z: Tensor | None
 
 
+@full_float32()
 def estimate(
     model: nn.Module,
     x: Tensor,
@@ -195,6 +198,7 @@ def estimate(
     )
 
 
+@full_float32()
 def exhaust(
     model: nn.Module, x: Tensor, y: Tensor, versions: Iterable[Tensor], eps: float = 1e-3, *, law: str = "uniform"
 ) -> Estimate:
@@ -375,10 +379,7 @@ def _reading(out: Tensor, outputs: str) -> str:
 
 
 def _check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    if model.training:
-        raise ValueError(
-            "the model is in training mode, where its answer depends on the batch; call model.eval() first"
-        )
+    check_evaluation(model)
     if x.ndim != 4 or not x.is_floating_point() or not len(x):
         raise ValueError(
             f"expected float images (N, C, H, W) with N >= 1, got {tuple(x.shape)} {x.dtype}; uint8 images must be "

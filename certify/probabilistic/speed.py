@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from certify.arithmetic import full_float32
 from certify.perturbations import Perturbation
 from certify.probabilistic.sampling import estimate
 from certify.probabilistic.transforms import Transform, Uniform, for_image
@@ -33,6 +34,7 @@ class Throughput:
         return self.sampling / (1 / (1 / self.inference + 1 / self.transform))
 
 
+@full_float32()
 def throughput(
     model: nn.Module,
     x: Tensor,
@@ -45,7 +47,7 @@ def throughput(
     """Measure `estimate` on one image against the plain model and the transform on batches of the same size.
 
     The three are timed in turn `repeats` times and the fastest of each counts, which is what a busy machine disturbs
-    least. `x` is (1, C, H, W).
+    least. `x` is (1, C, H, W). All three in full float32, as `estimate` is.
     """
     with torch.no_grad():
         y = model(x[:1]).argmax(1)

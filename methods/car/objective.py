@@ -128,11 +128,18 @@ class CARObjective:
 
 
 def edit(config: CARConfig, x: Tensor) -> Tensor:
-    """One edit of each image by ``config.transform``, with numbers from torch's global generators."""
+    """One edit of each image by ``config.transform``, with numbers from the global generator of the images' device."""
     if isinstance(config.transform, Perturbation):
         return config.transform.sample(x, 1).squeeze(0)
     assert config.transform is not None
-    return config.transform(x, generator=torch.default_generator)
+    return config.transform(x, generator=_global_generator(x.device))
+
+
+def _global_generator(device: torch.device) -> torch.Generator:
+    """What torch draws from on `device` where it is told nothing; the CPU's for devices other than CUDA."""
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:

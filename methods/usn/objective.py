@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.training.history import EpochRecord
@@ -177,7 +176,8 @@ def _moments(outputs: Tensor, y: Tensor, task_loss: TaskLoss) -> tuple[Tensor, T
     labels = task_loss.kind == "classification" and y.ndim == 1
     exact = torch.float32 if outputs.device.type == "mps" else torch.float64
     predicted = (outputs.softmax(1) if task_loss.kind == "classification" else outputs).to(exact)
-    wanted = (F.one_hot(y, outputs.shape[1]) if labels else y).to(exact)
+    # Not F.one_hot, which looks at the labels.
+    wanted = torch.zeros_like(predicted).scatter_(1, y.unsqueeze(1), 1.0) if labels else y.to(exact)
     return predicted.sum(0), predicted.square().sum(0), wanted.sum(0), wanted.square().sum(0)
 
 

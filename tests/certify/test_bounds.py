@@ -428,3 +428,18 @@ def test_bad_input_is_explained():
     net[0].weight.data[0] = float("inf")
     with pytest.raises(ValueError, match=r"0\.weight"):
         certify.bounds(net, x, certify.Linf(0.1))
+
+
+@pytest.mark.parametrize("act", [nn.Sigmoid, nn.Tanh, nn.Hardtanh, nn.ReLU6])
+def test_a_settled_sign_is_not_all_that_a_bend_needs(act):
+    """Backward passes stopped there early, with ends up to twice as far apart, and otherwise in a batch than alone."""
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(3) for layer in (nn.Linear(12, 12), act())]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(9, 12), act(), *hidden, nn.Linear(12, 2)).double().eval()
+    x, p = torch.rand(3, 1, 3, 3, dtype=torch.float64), certify.Linf(0.1)
+    lower, upper = certify.bounds(net, x, p, "crown")
+    for i in range(3):
+        low, high = certify.bounds(net, x[i : i + 1], p, "crown")
+        torch.testing.assert_close((lower[i], upper[i]), (low[0], high[0]), rtol=1e-9, atol=1e-12)
+    narrower, _ = certify.bounds(net, x, p, "crown-ibp")
+    assert bool((lower >= narrower - 1e-9).all())

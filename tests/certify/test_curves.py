@@ -161,3 +161,17 @@ def test_bad_input_is_explained():
         certify.Curve(torch.tensor([0.0, 1.0]), torch.rand(1, 3, 3, 4, 4))
     with pytest.raises(ValueError, match="does not fit"):
         curve().check(x[:1])
+
+
+def test_a_scale_near_one_is_enclosed_in_few_parts(monkeypatch):
+    """Parts of equal length in t were as short everywhere as they have to be where points move fastest."""
+    x, p = torch.rand(1, 1, 8, 8, dtype=torch.float64), certify.Scale(0.97)
+    traced = []
+    real = certify.Scale.trace
+    monkeypatch.setattr(certify.Scale, "trace", lambda self, *a: (traced.append(1), real(self, *a))[1])
+    low, high, image = torch.tensor([-0.97]).double(), torch.tensor([0.97]).double(), torch.tensor([0])
+    centre, slope, width = p.enclose(x, low, high, image)
+    assert len(traced) < 250
+    for t in torch.linspace(-0.97, 0.97, 2001, dtype=torch.float64):
+        line = centre + slope * (t / 0.97)
+        assert bool(((real(p, x, t.reshape(1), image) - line).abs() <= width + 1e-9).all())

@@ -1,4 +1,4 @@
-"""A training step must not wait for the device: no objective may read a value on the host."""
+"""A training step must not wait for the device: no objective may read a value on the host, or send one from there."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 from method_toys import images, residual
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import certify
+from methods import masks
 from methods.hydra.search import _Scored, initial_scores
 from methods.slimming import GammaL1
 from methods.training import (
@@ -23,17 +25,25 @@ from methods.training import (
     RSLoss,
     fast_ibp,
 )
+from methods.usn import USNConfig
+from methods.usn.metrics import sites
+from methods.usn.objective import USNObjective
+from methods.usn.pruner import Pruner
 
 # Everything that has to know a value to go on: on an accelerator each of these waits for the queue to drain.
 READING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "item"}
+# A tensor made of numbers of the host (`torch.tensor`, `as_tensor`, `new_tensor`, an index that is a list): its copy to
+# an accelerator comes from pageable memory, which the host waits for.
+SENDING = {"lift_fresh"}
 
 
 class NoReading(TorchDispatchMode):
-    """Raises where a step reads a value."""
+    """Raises where a step reads a value, or sends one."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         assert name not in READING, f"{func} reads a value on the host"
+        assert name not in SENDING, f"{func} sends a value from the host"
         if name.startswith("index"):  # the length of what a boolean index picks is a value
             picked = [t for t in args[1] if isinstance(t, torch.Tensor)] if isinstance(args[1], (list, tuple)) else []
             assert all(t.dtype != torch.bool for t in picked), f"{func} reads a value on the host"
@@ -44,6 +54,9 @@ def test_the_watch_sees_what_it_is_for():
     for read in (lambda t: float(t.sum()), lambda t: t[t > 0], lambda t: t.nonzero(), lambda t: bool((t > 0).any())):
         with pytest.raises(AssertionError, match="reads a value"), NoReading():
             read(torch.ones(3))
+    for send in (torch.tensor, torch.as_tensor, torch.ones(3).new_tensor):
+        with pytest.raises(AssertionError, match="sends a value"), NoReading():
+            send(0.1)
 
 
 OBJECTIVES = {
@@ -77,3 +90,18 @@ def test_hydras_mask_reads_no_value():
     with NoReading():
         scored(weight).sum().backward()
     assert int((scored(weight) != 0).sum()) == weight.numel() // 2
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5])
+def test_a_step_of_usn_reads_no_value(ratio):
+    x, y = images(8)[0]
+    model = residual().train()
+    config = USNConfig(ratio=ratio, epochs=10, m=2, metric_fraction=0.5, perturbation=certify.Brightness(0.05))
+    names = masks.prunable(model, config.layers, structured=True)
+    pruner = Pruner(model, names, config)
+    pruner.attach(model)
+    pruner.hold(model)  # once an epoch
+    objective = USNObjective(config, tuple(sites(model, x[:1], names).items()))
+    with NoReading():
+        loss, _ = objective.loss(model, x, y, CrossEntropy(), Progress(2, 10))
+        loss.backward()
