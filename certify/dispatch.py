@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from certify import attack as attacks
 from certify import bab, inputs, line
 from certify.arithmetic import full_float32
+from certify.audit import outside
 from certify.bounds import METHODS as BOUNDS
 from certify.bounds import Graph, UnsupportedOperation, lower_rows
 from certify.curves import Curve, Path
@@ -33,7 +34,7 @@ METHODS = ("auto", *INCOMPLETE, *LINE, *SEARCH)
 # Verifiers from outside the tree.
 Outside = Callable[[nn.Module, Tensor, Spec, Perturbation, Budget, int], Certificate]
 OUTSIDE: dict[str, Outside] = {}
-# How far their counterexamples may lie outside of the box around the perturbation, for rounding.
+# How far their counterexamples may lie outside of the perturbation, for rounding.
 STRAY = 1e-6
 # What complete verifiers may spend where no budget is given.
 BUDGET = Budget(seconds=60)
@@ -55,7 +56,8 @@ def register(name: str, verifier: Outside) -> None:
         name: as given to ``verify(method=...)``.
         verifier: called as verifier(model, x, spec, p, budget, seed), without gradients, on checked inputs in the
             chunks of `verify`, in full float32; returns a `Certificate` for every image of x, on any device. HOLDS is
-            taken at its word. VIOLATED needs a counterexample that the model fails on in a plain forward pass.
+            taken at its word. VIOLATED needs a counterexample in the set (with its ``parameters`` where there are some)
+            that the model fails on in a plain forward pass.
 
     Raises:
         ValueError: the name is taken.
@@ -161,20 +163,29 @@ def _outside(
             f"the verifier {name!r} returned {len(found.status)} statuses for {len(x)} images, or values that are none "
             "of certify.Status"
         )
+    if len(found.lower) != len(x) or found.counterexamples.shape != x.shape:
+        raise ValueError(
+            f"the verifier {name!r} returned lower bounds {tuple(found.lower.shape)} and counterexamples "
+            f"{tuple(found.counterexamples.shape)} for images {tuple(x.shape)}"
+        )
     found = dataclasses.replace(found, method=name).to(x.device)
     broken = (found.status == Status.VIOLATED).nonzero().squeeze(1)
-    if len(broken):
-        inputs = found.counterexamples.to(x)[broken]
-        reference = model(x)
-        stands = ~(margin(select(spec, reference, broken), model(inputs), reference[broken]) <= 0)
-        low, high = p.select(broken, len(x)).hull(x[broken])
-        strays = ((inputs < low - STRAY) | (inputs > high + STRAY)).flatten(1).any(1)
-        for wrong, why in ((strays, "lies outside of the perturbation"), (stands, "does not break the property")):
-            if bool(wrong.any()):
-                raise ValueError(
-                    f"the verifier {name!r} calls image {int(broken[wrong][0])} of its chunk VIOLATED, but the "
-                    f"counterexample that it gives {why}"
-                )
+    if not len(broken):
+        return found
+    inputs = found.counterexamples.to(x)[broken]
+    reference = model(x)
+    stands = ~(margin(select(spec, reference, broken), model(inputs), reference[broken]) <= 0)
+    for place, i in enumerate(broken.tolist()):
+        t = None if found.parameters is None else found.parameters[i : i + 1]
+        if parametric(p) and (t is None or not bool(t.isfinite().all())):
+            why = f"it gives no parameters of {p.describe()} (Certificate.parameters) for its counterexample"
+        elif outside(p.select(broken[place : place + 1], len(x)), x[i : i + 1], inputs[place : place + 1], t) > STRAY:
+            why = "the counterexample that it gives lies outside of the perturbation"
+        elif bool(stands[place]):
+            why = "the counterexample that it gives does not break the property"
+        else:
+            continue
+        raise ValueError(f"the verifier {name!r} calls image {i} of its chunk VIOLATED, but {why}")
     return found
 
 

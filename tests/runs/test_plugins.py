@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import re
 import subprocess
@@ -314,6 +315,8 @@ def certificate(status: list[int], inputs: torch.Tensor) -> certify.Certificate:
         (lambda x: certificate([0, 7], x), "none of certify.Status"),
         (lambda x: certificate([0, 1], x), "image 1 of its chunk VIOLATED, but .* does not break the property"),
         (lambda x: certificate([0, 1], x + 0.5), "image 1 of its chunk VIOLATED, but .* lies outside"),
+        (lambda x: dataclasses.replace(certificate([0, 0], x), lower=torch.zeros(5)), r"returned lower bounds \(5,\)"),
+        (lambda x: certificate([0, 0], x[..., :1]), r"and counterexamples \(2, 1, 1, 1\) for images \(2, 1, 1, 2\)"),
     ],
 )
 def test_answers_of_a_verifier_are_checked(answer: Any, message: str) -> None:
@@ -321,6 +324,24 @@ def test_answers_of_a_verifier_are_checked(answer: Any, message: str) -> None:
     x = torch.tensor([[[[0.2, 0.1]]], [[[0.3, 0.1]]]])
     with pytest.raises((TypeError, ValueError), match=message):
         certify.verify(network(), x, certify.Classification(torch.tensor([0, 0])), certify.Linf(0.05), method="mine")
+
+
+def test_a_counterexample_must_be_a_member_of_the_set_itself() -> None:
+    """The corner of the box around a ball, or pixels that move apart under brightness, are none."""
+    x = torch.tensor([[[[0.2, 0.1]]]])
+    corner = torch.tensor([[[[0.11, 0.19]]]])
+    spec = certify.Classification(torch.tensor([0]))
+    at: list[torch.Tensor | None] = [None]
+    dispatch.register(
+        "mine", lambda *_: dataclasses.replace(certificate([1], corner), parameters=at[0])
+    )  # in the box of radius 0.1
+    with pytest.raises(ValueError, match="lies outside of the perturbation"):
+        certify.verify(network(), x, spec, certify.L2(0.1), method="mine")
+    with pytest.raises(ValueError, match=r"no parameters of Brightness\(0\.1\)"):
+        certify.verify(network(), x, spec, certify.Brightness(0.1), method="mine")
+    at[0] = torch.tensor([[0.05]])
+    with pytest.raises(ValueError, match="lies outside of the perturbation"):
+        certify.verify(network(), x, spec, certify.Brightness(0.1), method="mine")
 
 
 def test_answers_of_a_verifier_come_through_chunk_by_chunk() -> None:
