@@ -38,6 +38,21 @@ class Line:
         return f"{self.label} {self.ratio:g}" if self.ratio else self.label
 
     @property
+    def rule(self) -> str:
+        """What is removed, without the settings: ``usn`` of ``usn λ_u=1``."""
+        return self.label.partition(" ")[0]
+
+    @property
+    def settings(self) -> str:
+        """Settings that are not the usual ones: ``λ_u=1``, ``without USN losses``, or nothing."""
+        return self.label.partition(" ")[2]
+
+    @property
+    def seeds(self) -> set[int]:
+        """The seeds on record."""
+        return {int(record["cell"]["seed"]) for record in self.records}
+
+    @property
     def collapsed(self) -> int:
         """Seeds in which the network predicts the same for every image."""
         return sum(bool(record["training"].get("collapsed")) for record in self.records)
@@ -140,7 +155,7 @@ def _grids(study: Study) -> list[Grid]:
         _paper_table(study, "III", "λ_W = 0 against λ_W = 10", ("usn-w0", "usn"), ()),
         _overview(study),
         *(_exact(study, perturbation) for perturbation in study.perturbations),
-        _versus(study),
+        *_compared(study),
     ]
 
 
@@ -294,6 +309,7 @@ class Paired:
     perturbation: Perturb
     line: Line
     other: Line
+    seeds: int
     ours: float
     theirs: float
     wins: int
@@ -301,50 +317,80 @@ class Paired:
     p: float
 
 
-def paired(study: Study) -> list[Paired]:
-    """USN against each other variant at the same ratio, and against the unpruned ones; wins are smaller deviations."""
+def paired(study: Study, settings: str = "") -> list[Paired]:
+    """USN against each other variant at the same ratio, and against the unpruned ones; wins are smaller deviations.
+
+    All have the same ``settings`` (the usual ones, unless told otherwise), or are trained without USN's.
+    """
     found = []
     for line in study.lines:
-        if line.label != "usn":
-            continue
-        for other in study.lines:
-            if other.label == "usn" or other.ratio not in (0.0, line.ratio):
-                continue
-            for perturbation in study.perturbations:
-                ours, theirs = _deviations(line, perturbation), _deviations(other, perturbation)
-                test = sign_test([b - a for a, b in zip(ours, theirs)])
-                found.append(
-                    Paired(
-                        perturbation, line, other, statistics.fmean(ours), statistics.fmean(theirs), test.wins,
-                        test.losses, test.p,
-                    )
-                )  # fmt: skip
+        if line.rule == "usn" and line.settings == settings:
+            for other in study.lines:
+                like = other.settings == settings or other.label in ("vanilla", "augmented")
+                if like and other.rule != "usn" and other.ratio in (0.0, line.ratio):
+                    found += _pairs(study, line, other)
     return found
 
 
-def _deviations(line: Line, perturbation: Perturb) -> list[float]:
-    """Largest deviation of each image, the mean over seeds."""
-    seeds = [result["deviation"]["low"] for result in line.results(perturbation)]
-    return [statistics.fmean(values) for values in zip(*seeds)]
+def unusual(study: Study) -> list[Paired]:
+    """Each variant with settings of its own against the same variant with the usual ones, at the same ratio."""
+    usual = {(line.rule, line.ratio): line for line in study.lines if not line.settings}
+    found = []
+    for line in study.lines:
+        if line.settings and (other := usual.get((line.rule, line.ratio))) is not None:
+            found += _pairs(study, line, other)
+    return found
 
 
-def _versus(study: Study) -> Grid:
-    pairs = paired(study)
+def _pairs(study: Study, line: Line, other: Line) -> list[Paired]:
+    """Two lines under each perturbation, over the seeds that both have; nothing where they have none in common."""
+    seeds = line.seeds & other.seeds
+    found = []
+    for perturbation in study.perturbations if seeds else ():
+        ours, theirs = _deviations(line, perturbation, seeds), _deviations(other, perturbation, seeds)
+        test = sign_test([b - a for a, b in zip(ours, theirs)])
+        found.append(
+            Paired(
+                perturbation, line, other, len(seeds), statistics.fmean(ours), statistics.fmean(theirs), test.wins,
+                test.losses, test.p,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _deviations(line: Line, perturbation: Perturb, seeds: set[int]) -> list[float]:
+    """Largest deviation of each image, the mean over these seeds."""
+    chosen = replace(line, records=tuple(r for r in line.records if r["cell"]["seed"] in seeds))
+    values = [result["deviation"]["low"] for result in chosen.results(perturbation)]
+    return [statistics.fmean(of_image) for of_image in zip(*values)]
+
+
+def _compared(study: Study) -> Iterator[Grid]:
+    """A table for each kind of settings, and one of the settings themselves; p-values are adjusted within a table."""
+    title = "largest move of a keypoint (px)"
+    for settings in dict.fromkeys(line.settings for line in study.lines if line.rule == "usn"):
+        own = f", {settings}" if settings else ""
+        yield _versus(study, f"USN against the others{own}, {title}", paired(study, settings))
+    yield _versus(study, f"Settings of their own against the usual ones, {title}", unusual(study))
+
+
+def _versus(study: Study, title: str, pairs: Sequence[Paired]) -> Grid:
     adjusted = holm([pair.p for pair in pairs])
     rows = tuple(
         (
-            pair.line.name, pair.other.name, pair.perturbation.label, f"{pair.ours:.4f}", f"{pair.theirs:.4f}",
-            f"{pair.ours / pair.theirs:.2f}" if pair.theirs else "–", f"{pair.wins}/{pair.losses}", f"{p:.2g}",
+            pair.line.name, pair.other.name, str(pair.seeds), pair.perturbation.label, f"{pair.ours:.4f}",
+            f"{pair.theirs:.4f}", f"{pair.ours / pair.theirs:.2f}" if pair.theirs else "–",
+            f"{pair.wins}/{pair.losses}", f"{p:.2g}",
         )
         for pair, p in zip(pairs, adjusted)
     )  # fmt: skip
     return Grid(
-        f"USN against the others, largest move of a keypoint (px) · {study.title}",
-        ("USN", "other", "perturbation", "USN px", "other px", "ratio", "images better/worse", "p (Holm)"),
+        f"{title} · {study.title}",
+        ("rule", "other", "seeds", "perturbation", "px", "other px", "ratio", "images better/worse", "p (Holm)"),
         rows,
         (
-            "Two-sided sign test over images of the mean over seeds. It says how these networks differ on these "
-            "images, not how the methods would with other seeds.",
+            "Two-sided sign test over images of the mean over the seeds in common. It says how these networks differ "
+            "on these images, not how the methods would with other seeds.",
         ),
     )
 

@@ -296,7 +296,9 @@ def photographs() -> Preset:
         augmented=(1_000,), images=2_000, networks=(SMALL,), verifier=QUICK_VERIFIER, certify_seconds=110,
         perturbations=(Perturb("warmth", 1.0), Perturb("blur", 1.0), Perturb("brightness", 0.1)), prepare_seconds=60,
     )  # fmt: skip
-    return _study("photographs", "23 to 27 % accurate, 11 to 18 % certified under each edit; no row ahead of another", blocks)
+    return _study(
+        "photographs", "23 to 27 % accurate, 11 to 18 % certified under each edit; no row ahead of another", blocks
+    )
 
 
 def generated() -> Preset:

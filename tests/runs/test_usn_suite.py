@@ -436,11 +436,34 @@ def test_paired_comparisons_are_sign_tests_over_images(records: list[Record]) ->
     pairs = {(p.other.name, p.perturbation.label): p for p in usn_tables.paired(study)}
     assert {name for name, _ in pairs} == {"vanilla", "none", "usn-w0 0.2", "random 0.2"}
     against = pairs["vanilla", "brightness 2/255"]
-    # Means over the seeds of usn: 0.1, 0.2, 0.3, 0.9.
-    assert against.ours == pytest.approx(0.375)
+    # Vanilla has one seed, so that usn's second does not count.
+    assert (against.seeds, against.ours, against.theirs) == (1, pytest.approx(0.25), pytest.approx(0.75))
     assert (against.wins, against.losses) == (4, 0)
     assert against.p == pytest.approx(2 * 0.5**4)
-    assert (pairs["none", "brightness 2/255"].wins, pairs["none", "brightness 2/255"].losses) == (3, 1)
+    chance = pairs["random 0.2", "brightness 2/255"]
+    # Means over two seeds: 0.1, 0.2, 0.3, 0.9 against 0.1, 0.2, 0.3, 0.4.
+    assert (chance.seeds, chance.ours, chance.theirs) == (2, pytest.approx(0.375), pytest.approx(0.25))
+    assert (chance.wins, chance.losses) == (0, 1)
+
+
+def test_settings_of_their_own_are_compared_among_themselves_and_with_the_usual_ones(records: list[Record]) -> None:
+    strong = []
+    for name, ratio, moves in (("usn", 0.2, [0.1] * 4), ("random", 0.2, [0.2] * 4), ("none", 0.0, [0.1] * 4)):
+        record = _record(name, ratio, 0, moves)
+        record["cell"]["pruning"]["settings"] |= {"lambda_u": 1.0, "lambda_s": 1.0}
+        strong.append(record)
+    (study,) = usn_tables.studies([*records, *strong])
+    same = {p.other.name for p in usn_tables.paired(study, "λ_u=1")}
+    assert same == {"random λ_u=1 0.2", "none λ_u=1", "vanilla"}
+    assert {p.other.name for p in usn_tables.paired(study)} == {"vanilla", "none", "usn-w0 0.2", "random 0.2"}
+    changed = {(p.line.name, p.other.name): p for p in usn_tables.unusual(study) if p.perturbation.label[0] == "b"}
+    assert set(changed) == {
+        ("usn λ_u=1 0.2", "usn 0.2"), ("random λ_u=1 0.2", "random 0.2"), ("none λ_u=1", "none"),
+    }  # fmt: skip
+    assert changed["none λ_u=1", "none"].wins == 4
+    titles = [grid.title for grid in usn_tables.grids(study)]
+    assert any("USN against the others, λ_u=1, largest move" in title for title in titles)
+    assert any("Settings of their own against the usual ones" in title for title in titles)
 
 
 def test_other_data_epochs_or_networks_are_other_tables(records: list[Record]) -> None:
