@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from certify.curves import Curve
 from certify.perturbations import (
     L2,
     LUMA,
@@ -152,6 +153,25 @@ def test_box_keeps_fixed_pixels_and_interpolates():
     assert bool((drawn[:, :, :, 0] == 0).all())
     torch.testing.assert_close(p.apply(X, torch.full_like(X, 0.25))[:, :, 1:], torch.full((3, 3, 5, 5), 0.25))
     assert p.describe() == "Box(75 free of 90)"
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for an index on another device: a tensor here cannot be indexed with it before it is brought here."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func is not torch.Tensor.__getitem__, "indices should be on the same device as the indexed tensor"
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found.as_subclass(torch.Tensor) if func is torch.Tensor.to else found
+
+
+def test_radii_and_boxes_need_not_be_where_the_index_is():
+    index, x = torch.tensor([2, 0]), images()
+    curve = Curve(torch.tensor([0.0, 1.0]), torch.stack([x, 1 - x], 1))
+    for p in (Linf(EPS), Brightness(EPS), BrightnessContrast(0.1, EPS), Box(0.5 * x, x), curve):
+        here, there = p.select(index, 3), p.select(index.as_subclass(Elsewhere), 3)
+        for a, b in zip(here.hull(x[index]), there.hull(x[index]), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_describe_is_short():

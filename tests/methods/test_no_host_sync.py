@@ -84,6 +84,38 @@ def test_no_objective_reads_a_value(name):
         loss.backward()
 
 
+def test_arithmetic_in_a_network_sends_no_value():
+    class Arithmetic(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(36, 3)
+
+        def forward(self, x):
+            x = (x - 0.3) / 0.35 + 1
+            return self.layer((1 - torch.relu(-(2 * x))).flatten(1))
+
+    x, y = images(8)[0]
+    with NoReading():
+        loss, _ = CROWNIBP(0.05).loss(Arithmetic().train(), x, y, CrossEntropy(), Progress(2, 10))
+        loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_no_objective_waits_for_cuda(name):
+    """As torch itself tells, which sees more than the operations that are named above."""
+    x, y = (part.to("cuda") for part in images(8)[0])
+    model = residual().train().to("cuda")
+    for mode in ("default", "error"):  # the first step sets libraries up
+        try:
+            torch.cuda.set_sync_debug_mode(mode)
+            loss, _ = OBJECTIVES[name].loss(model, x, y, CrossEntropy(), Progress(2, 10))
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_hydras_mask_reads_no_value():
     weight = torch.randn(8, 4, 3, 3)
     scored = _Scored(initial_scores(weight), torch.ones_like(weight, dtype=torch.bool), 0.5)

@@ -9,10 +9,12 @@ import torch
 from method_toys import residual, same_state
 from torch import Tensor, nn
 
+import certify
 import models
 from methods import masks
 from methods.masks import Mask
 from methods.wiring import WiringError, output_layers, tied_tensors
+from runs.nrs_states import without_pruned
 
 
 def structured_mask(model: nn.Module, x: Tensor, ratio: float, coupled: bool, scope: str = "layer") -> Mask:
@@ -141,6 +143,29 @@ def test_an_unstructured_mask_removes_nothing():
     mask = Mask.from_scores({n: params[n].detach().abs() for n in masks.prunable(model)}, 0.9)
     small = masks.remove(model, mask, x)
     assert same_state(small, masks.apply(copy.deepcopy(model), mask))
+
+
+def test_networks_are_compared_in_full_float32():
+    """TF32, which torch allows in convolutions, is off by more than the tolerance."""
+    seen = []
+
+    class Watched(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.conv.fp32_precision)
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), Watched(), nn.Flatten(), nn.Linear(64, 2)).eval()
+    x = torch.rand(2, 1, 6, 6)
+    mask = Mask.from_channels({"0.weight": torch.arange(4) > 1}, model)
+    given = torch.backends.cudnn.conv.fp32_precision
+    assert given != "ieee"
+    masks.remove(masks.apply(model, mask), mask, x)
+    traces = len(seen) - 2  # on the way there
+    assert seen == [given] * traces + ["ieee", "ieee"]
+    seen.clear()
+    without_pruned(model, mask, x, certify.Linf(0.01))
+    assert seen == [given] * traces + ["ieee"] * (len(seen) - traces)
+    assert torch.backends.cudnn.conv.fp32_precision == given
 
 
 def test_an_operation_that_wakes_zero_channels_is_caught():
