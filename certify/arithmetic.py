@@ -72,8 +72,8 @@ _pinned = _Pinned()
 def _pin() -> Callable[[], None]:
     """Set full precision; returns what undoes it to the last detail, so that settings which followed others do again.
 
-    An operation without a setting of its own follows that of its backend, and this the general one. Since torch 2.12
-    convolutions are in such a state at first, which no assignment can bring back: they are left to follow.
+    An operation without a setting of its own follows that of its backend, and this the general one. In torch 2.13 (not
+    yet in 2.11) convolutions start like that, and no assignment brings it back: such operations are left to follow.
     """
     cudnn, onednn, cublas = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
     followed: tuple[Any, ...] = (torch.backends, cudnn)

@@ -132,10 +132,10 @@ def edit(config: CARConfig, x: Tensor) -> Tensor:
     if isinstance(config.transform, Perturbation):
         return config.transform.sample(x, 1).squeeze(0)
     assert config.transform is not None
-    return config.transform(x, generator=_global_generator(x.device))
+    return config.transform(x, generator=global_generator(x.device))
 
 
-def _global_generator(device: torch.device) -> torch.Generator:
+def global_generator(device: torch.device) -> torch.Generator:
     """What torch draws from on `device` where it is told nothing; the CPU's for devices other than CUDA."""
     if device.type != "cuda":
         return torch.default_generator

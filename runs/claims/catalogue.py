@@ -8,7 +8,16 @@ from runs.claims import printed
 from runs.claims.claim import Claim
 from runs.claims.observation import Observation, picked
 from runs.claims.printed import bound, method, others, pruned, where
-from runs.claims.questions import Exceeds, Falls, Gains, MatchesSomewhere, Measures, Verifies, VerifiesSomewhere
+from runs.claims.questions import (
+    AgainstEach,
+    Exceeds,
+    Falls,
+    Gains,
+    MatchesSomewhere,
+    Measures,
+    Verifies,
+    VerifiesSomewhere,
+)
 from runs.claims.scope import Sampled, Under, edited
 from runs.paper import CAR, NRS, USN
 
@@ -102,6 +111,12 @@ def incomplete(one: Observation) -> str | None:
     return "".join("1" if "1" in bits else "0" for bits in zip(*found, strict=True)) or None
 
 
+def _best(name: str, *rivals: str) -> AgainstEach:
+    """A method against each of its rivals, all under certified training."""
+    one = picked(name, training=CERTIFIED)
+    return AgainstEach(tuple(Verifies(one, picked(rival, training=CERTIFIED)) for rival in rivals), rivals)
+
+
 def _highest_contrast(one: Observation) -> bool:
     return one.perturbation == "contrast 0.05"
 
@@ -127,7 +142,13 @@ _USN = (
     Claim(
         "USN-4", USN, "§IV-A",
         "ρ = 0.2 is the best of the three ratios",
-        Verifies(picked("usn", ratios=(0.2,)), picked("usn", ratios=(0.1, 0.3)), same_ratio=False),
+        AgainstEach(
+            tuple(
+                Verifies(picked("usn", ratios=(0.2,)), picked("usn", ratios=(ratio,)), same_ratio=False)
+                for ratio in (0.1, 0.3)
+            ),
+            ("0.1", "0.3"),
+        ),
         USN_QUICK, printed.usn_best_ratio,
     ),
     Claim(
@@ -199,7 +220,7 @@ _NRS = (
     Claim(
         "NRS-5", NRS, "§IV-C.2",
         "IMP+NRSLoss has the highest verified accuracy under certified training",
-        Verifies(picked("imp+nrs", training=CERTIFIED), picked(*BASELINES, "imp+rs", "hydra+nrs", training=CERTIFIED)),
+        _best("imp+nrs", *BASELINES, "imp+rs", "hydra+nrs"),
         NRS_QUICK,
         bound(printed.nrs, method("IMP+NRSLoss", training="auto-LiRPA"), others("IMP+NRSLoss", training="auto-LiRPA")),
     ),
@@ -218,7 +239,7 @@ _NRS = (
     Claim(
         "NRS-8", NRS, "§IV-C.1",
         "IMP has the best verified accuracy among existing methods under certified training",
-        Verifies(picked("imp", training=CERTIFIED), picked("snip", "taylor", "hydra", *STRUCTURED, training=CERTIFIED)),
+        _best("imp", "snip", "taylor", "hydra", *STRUCTURED),
         NRS_QUICK,
         bound(
             printed.nrs, method("IMP", training="auto-LiRPA"),
@@ -228,9 +249,12 @@ _NRS = (
     Claim(
         "NRS-19", NRS, "§IV-C.1, Table I",
         "IMP has the best accuracy among existing methods under certified training",
-        Measures(
-            picked("imp", training=CERTIFIED), picked("snip", "taylor", "hydra", *STRUCTURED, training=CERTIFIED),
-            clean, more=True,
+        AgainstEach(
+            tuple(
+                Measures(picked("imp", training=CERTIFIED), picked(rival, training=CERTIFIED), clean, more=True)
+                for rival in ("snip", "taylor", "hydra", *STRUCTURED)
+            ),
+            ("snip", "taylor", "hydra", *STRUCTURED),
         ),
         NRS_QUICK,
         bound(
@@ -307,12 +331,26 @@ _NRS = (
     ),
 )  # fmt: skip
 
-_CAR_BASELINES = ("magnitude", "hydra")
+_CAR_TABLED = picked("car", ratios=(0.5, 0.7))
+"""CAR at the ratios of the paper's Table 1."""
+
 _CAR = (
     Claim(
         "CAR-1", CAR, "Table 1",
         "CAR always has the highest certified accuracy",
-        Sampled(Verifies(picked("car"), picked("dense", *_CAR_BASELINES), same_ratio=False)), CAR_QUICK,
+        Sampled(
+            AgainstEach(
+                (
+                    Verifies(_CAR_TABLED, picked("dense", training=("natural",)), same_ratio=False),
+                    Verifies(_CAR_TABLED, picked("dense", training=("pgd",)), same_ratio=False),
+                    Verifies(_CAR_TABLED, picked("magnitude", training=("natural",))),
+                    Verifies(_CAR_TABLED, picked("magnitude", training=("pgd",))),
+                    Verifies(_CAR_TABLED, picked("hydra")),
+                ),
+                ("vanilla", "AdvTrain", "LMP", "AdvTrain+LMP", "HYDRA"),
+            )
+        ),
+        CAR_QUICK,
         bound(printed.car, where(method="CAR"), lambda row: row["method"] != "CAR", ("n_aug",)),
     ),
     Claim(
@@ -350,7 +388,15 @@ _CAR = (
     Claim(
         "CAR-7", CAR, "Table 2",
         "on every network CAR beats both the unpruned network and LMP",
-        Sampled(Verifies(picked("car"), picked("dense", "magnitude", training=("natural",)), same_ratio=False)),
+        Sampled(
+            AgainstEach(
+                (
+                    Verifies(picked("car", ratios=(0.5,)), picked("dense", training=("natural",)), same_ratio=False),
+                    Verifies(picked("car", ratios=(0.5,)), picked("magnitude", training=("natural",))),
+                ),
+                ("vanilla", "LMP"),
+            )
+        ),
         "python -m runs.compare car --preset gpu",
         bound(printed.car, where(method="CAR"), lambda row: row["method"] != "CAR", (), table="2"),
     ),

@@ -141,6 +141,35 @@ class Verifies:
 
 
 @dataclass(frozen=True)
+class AgainstEach:
+    """ "The best of all": a question for every rival, and the answer of the rival that comes off best.
+
+    If the claim's side is ahead of all, its p-value is the largest of theirs (an intersection-union test, which needs
+    no adjustment); if it is behind some, the smallest of these rivals', times how many rivals there are.
+    """
+
+    questions: tuple[Question, ...]
+    names: tuple[str, ...]
+
+    def ask(self, found: Sequence[Observation]) -> Evidence | None:
+        asked = [(name, question.ask(found)) for name, question in zip(self.names, self.questions, strict=True)]
+        answers = [(name, evidence) for name, evidence in asked if evidence is not None]
+        if not answers:
+            return None
+        ahead = [(name, evidence) for name, evidence in answers if evidence.difference > 0]
+        behind = [(name, evidence) for name, evidence in answers if evidence.difference <= 0]
+        if behind:
+            name, worst = min(behind, key=lambda answer: (answer[1].p, answer[1].difference))
+            p = min(1.0, len(answers) * worst.p)
+        else:
+            name, worst = max(ahead, key=lambda answer: (answer[1].p, -answer[1].difference))
+            p = worst.p
+        seeds = min(evidence.seeds for _, evidence in answers)
+        detail = f"against {name}, the best of {len(answers)} rivals" if len(answers) > 1 else f"against {name}"
+        return replace(worst, p=p, seeds=seeds, detail="; ".join(filter(None, (detail, worst.detail))))
+
+
+@dataclass(frozen=True)
 class VerifiesSomewhere:
     """At one ratio at least, ``first`` verifies more images than ``second``: Holm over the ratios tried.
 

@@ -1,5 +1,6 @@
 """The front door: verdicts, counterexamples, errors."""
 
+import dataclasses
 import itertools
 import math
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import certify
 from certify import Status, attack
+from certify.verdicts import join
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,16 @@ def test_counterexamples_fool_the_model_and_lie_in_the_set(task):
     semantic = certify.verify(net, x, certify.Deviation(0.01), certify.Brightness(0.2))
     assert (semantic.status == Status.VIOLATED).all()
     torch.testing.assert_close(certify.Brightness(0.2).apply(x, semantic.parameters[:, 0]), semantic.counterexamples)
+
+
+def test_a_certificate_is_in_one_place(task):
+    net, x, y = task
+    cert = certify.verify(net, x[:4], certify.Classification(y[:4]), certify.Brightness(0.1))
+    kinds = [dataclasses.replace(cert, work={kind: cert.seconds.long()}) for kind in ("rows", "domains")]
+    for moved in (cert.to("meta"), join([part.to("meta") for part in kinds])):  # a device without numbers
+        tensors = [*(getattr(moved, field.name) for field in dataclasses.fields(moved)), *moved.work.values()]
+        assert {part.device.type for part in tensors if isinstance(part, torch.Tensor)} == {"meta"}
+    assert join(kinds).work["rows"].tolist() == [*kinds[0].work["rows"].tolist(), 0, 0, 0, 0]
 
 
 def test_verdicts_are_monotone_in_the_radius(task):

@@ -18,7 +18,7 @@ import methods
 import models
 from methods import masks
 from methods.car import CAR, CARConfig, PairedBatches, initial_values, margin_ratio, recalibrate
-from methods.car.objective import CARObjective
+from methods.car.objective import CARObjective, edit, global_generator
 from methods.car.softmask import SoftMasked, binarise
 from methods.training import IBP, Checkpoint, CrossEntropy, EpochRecord, Progress, TrainingConfig
 from methods.training.losses import KeypointMSE
@@ -105,6 +105,19 @@ def test_readings_of_the_pairs():
         net.eval()
         p, q = (net(x, net.noisy(0.4)).softmax(1) for _ in range(2))
         torch.testing.assert_close(total, margin_ratio(p[of], (p if pair_mask == "same" else q)[edits]).mean())
+
+
+def test_a_function_draws_from_the_global_generator_of_the_images_device(monkeypatch):
+    config = quick(transform=lambda x, generator: torch.rand(x.shape, generator=generator, device=x.device))
+    x = images()[0][0]
+    torch.manual_seed(3)
+    drawn = edit(config, x)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(x.shape))
+    monkeypatch.setattr(torch.cuda, "default_generators", ("the first", "the second"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    found = [global_generator(torch.device(kind)) for kind in ("cpu", "cuda", "cuda:1")]
+    assert found == [torch.default_generator, "the first", "the second"]
 
 
 def test_a_transform_edits_every_image():

@@ -16,6 +16,7 @@ from runs.claims import CLAIMS, Claim, evaluate, export, print_terminal, printed
 from runs.claims.claim import Finding, Verdict
 from runs.claims.observation import observations, picked
 from runs.claims.questions import (
+    AgainstEach,
     Evidence,
     Exceeds,
     Falls,
@@ -213,6 +214,24 @@ def test_what_would_decide_a_claim_can_be_run():
         suite, _, preset, *more = command.removeprefix("python -m runs.compare ").split()
         datasets = tuple(more[1:]) if more else ()
         assert plan(suite, preset, Selection(datasets=datasets)).cells, command
+
+
+def test_the_best_of_all_is_ahead_of_each():
+    def ask(**bits):
+        made = found({(name, 0.5): own for name, own in ({"imp": "1" * 8 + "0" * 2} | bits).items()})
+        rivals = tuple(bits)
+        questions = tuple(Verifies(picked("imp"), picked(rival)) for rival in rivals)
+        return AgainstEach(questions, rivals).ask(observations(made))
+
+    clear = ask(snip="0" * 10, taylor="1" * 2 + "0" * 8)
+    assert (clear.difference, clear.detail) == (pytest.approx(0.6), "against taylor, the best of 2 rivals")
+    assert clear.p == pytest.approx(2 * 0.5**6)
+    # Far ahead of one on average and behind another: behind.
+    mixed = ask(snip="0" * 10, taylor="1" * 10)
+    assert (mixed.difference, mixed.detail) == (pytest.approx(-0.2), "against taylor, the best of 2 rivals")
+    assert mixed.p == pytest.approx(2 * 0.5)
+    assert ask(snip="0" * 10).detail == "against snip"
+    assert AgainstEach((Verifies(picked("car"), picked("imp")),), ("imp",)).ask([]) is None
 
 
 def test_claims_are_put_to_the_perturbations_that_they_are_about():
