@@ -19,7 +19,7 @@ from certify.verdicts import Budget
 
 @dataclasses.dataclass(frozen=True)
 class Deviations:
-    """The largest deviation of every image's outputs from those of the unperturbed image.
+    """The largest deviation of every image's outputs from those of the unperturbed image; all tensors are on the CPU.
 
     Attributes:
         lower: (N,) float64, the largest deviation that the model was seen to make, at
