@@ -215,11 +215,12 @@ def crown_alone(model: nn.Module, x: Tensor, p: certify.Perturbation) -> tuple[T
     """CROWN bounds whose intermediate intervals are CROWN's alone, not intersected with interval propagation."""
     import torch
 
+    from certify.arithmetic import full_float32
     from certify.bounds.crown import crown_intervals, crown_rows
     from certify.bounds.region import attach
     from certify.bounds.trace import trace
 
-    with torch.no_grad():
+    with torch.no_grad(), full_float32():  # as certify.bounds, which it is held against
         graph, region = attach(trace(model, x[:2])[0].folded(), x, p)
         outputs = graph.nodes[graph.output].shape[0]
         eye = torch.eye(outputs, dtype=x.dtype, device=x.device).expand(len(x), -1, -1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import certify
+from certify.arithmetic import full_float32
 from certify.perturbations import Perturbation
 from runs import car_sampling, deviations, measure, witness
 from runs.cell import Cell, Perturb, Verifier
@@ -23,6 +24,7 @@ BATCH = 20
 """Images whose verdicts are written together."""
 
 
+@full_float32()
 def certify_one(
     cell: Cell,
     perturbation: Perturb,

@@ -23,6 +23,7 @@ from torch import nn
 import certify
 import models
 from certify import lirpa
+from certify.arithmetic import full_float32
 from certify.perturbations import L2, AffineFamily, Box, Linf
 from runs import car_sampling, checked, deviations, measure, witness
 from runs.cell import Cell, from_dict, recorded_by_state
@@ -195,6 +196,7 @@ class Checker:
     data_dir: Path | None
     effort: Effort
 
+    @full_float32()
     def check(self, record: Record, tick: Callable[[], None], tell: Callable[[str, int, int], None]) -> Finding:
         """Check everything on record of one cell.
 

@@ -272,6 +272,7 @@ def bounded(model: nn.Module, x: Tensor, y: Tensor, p: Perturbation, name: str) 
     }
 
 
+@full_float32()
 def measured(
     cell: Cell, model: nn.Module, small: nn.Module, p: Perturbation, test: tuple[Tensor, Tensor],
     val: tuple[Tensor, Tensor],
