@@ -61,7 +61,7 @@ def trace(model: nn.Module, x: Tensor, check: bool = True, detach_statistics: bo
     if check and not model.training:
         with torch.no_grad():
             _agree(graph.forward(x), output)
-            state = _state(model, x)
+            state = _state(model, x, graph)
             if state is None or _CHECKED.get(model) != state:
                 if state is not None and not torch.is_inference_mode_enabled():
                     _watch(model, x[:1])
@@ -100,12 +100,13 @@ def _elsewhere(x: Tensor) -> Iterator[Tensor]:
         yield low + (high - low) * torch.rand(x.shape, generator=generator).to(x)
 
 
-def _state(model: nn.Module, x: Tensor) -> Hashable | None:
-    """What changes when the weights are replaced or written to; None where that cannot be told."""
+def _state(model: nn.Module, x: Tensor, graph: Graph) -> Hashable | None:
+    """What changes when weights are replaced or written to, or steps exchanged; None where that cannot be told."""
     values = [*model.parameters(), *model.buffers()]
     if any(value.is_inference() for value in values):
         return None
-    return tuple((v.data_ptr(), v._version) for v in values), tuple(x.shape[1:]), x.dtype, x.device
+    steps = tuple((type(node.op), node.inputs, node.shape) for node in graph.nodes)
+    return tuple((v.data_ptr(), v._version) for v in values), steps, x.dtype, x.device
 
 
 def _record(model: nn.Module, x: Tensor, detach_statistics: bool, leaf: Tensor | None = None) -> tuple[Graph, Tensor]:

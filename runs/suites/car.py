@@ -265,7 +265,7 @@ def noise() -> Preset:
 def sparsity() -> Preset:
     """Study: Figure 1c: accuracy and certified shares of LMP, HYDRA and CAR with 30 to 90 % removed."""
     return _study(
-        "sparsity", "at 90 % CAR far ahead of LMP, and level with LMP fine-tuned as long; up to 70 % all near 100 %",
+        "sparsity", "at 90 % CAR far ahead of LMP, and behind LMP fine-tuned as long; up to 70 % all near 100 %",
         _quick_blocks(("vanilla", "lmp", "lmp:longer", "hydra", "car"), (0.3, 0.5, 0.7, 0.9)),
     )  # fmt: skip
 

@@ -140,6 +140,15 @@ def test_a_model_is_held_against_its_graph_again_when_it_changes() -> None:
     assert count() == first
 
 
+def test_a_step_that_is_exchanged_is_looked_at_again() -> None:
+    """Its weights are the same, so that the model passed for one that had been held against its graph."""
+    net, x = Lost(torch.relu).eval(), torch.rand(1, 1, 2, 2)
+    certify.bounds(net, x, certify.Linf(0.1))
+    net.step = _scripted
+    with pytest.raises(UnsupportedOperation, match="by a step that is not seen"):
+        certify.bounds(net, x, certify.Linf(0.1))
+
+
 def test_autocast_inside_of_a_model_is_refused() -> None:
     class Half(nn.Module):
         def __init__(self) -> None:
