@@ -56,10 +56,7 @@ class PruningConfig:
             raise TypeError(f"ratio is the fraction removed, a number in [0, 1), got {self.ratio!r}")
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"ratio is the fraction removed and must lie in [0, 1), got {self.ratio}")
-        for name in ("epochs", "finetune_epochs"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{name} must be a whole number, got {value!r}")
+        whole_numbers(self, "epochs", "finetune_epochs")
         for name in ("training", "finetune"):
             value = getattr(self, name)
             if not isinstance(value, TrainingConfig) and (value is not None or name == "training"):
@@ -84,6 +81,13 @@ class PruningConfig:
             warmup_epochs=0.0,
             objective=self.training.objective.settled(),
         )
+
+
+def whole_numbers(config: object, *names: str) -> None:
+    """Raise TypeError unless these fields of a configuration are whole numbers."""
+    for name in names:
+        if isinstance(value := getattr(config, name), bool) or not isinstance(value, numbers.Integral):
+            raise TypeError(f"{name} must be a whole number, got {value!r}")
 
 
 def check_config(method: object, config: object, kind: type) -> None:

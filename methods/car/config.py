@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from certify.perturbations import Perturbation
-from methods.base import PruningConfig
+from methods.base import PruningConfig, whole_numbers
 from methods.car.initialise import Initialisation, Sign
 from methods.car.losses import Alignment, Consistency, Gradient, Hinge
 from methods.car.softmask import Noise, Ties
@@ -105,8 +104,7 @@ class CARConfig(PruningConfig):
         super().__post_init__()
         if self.structured:
             raise ValueError("CAR learns a mask entry for every single weight: structured must be False")
-        if isinstance(self.mask_epochs, bool) or not isinstance(self.mask_epochs, numbers.Integral):
-            raise TypeError(f"mask_epochs must be a whole number, got {self.mask_epochs!r}")
+        whole_numbers(self, "mask_epochs")
         if not isinstance(self.mask_training, TrainingConfig):
             raise TypeError(f"mask_training must be a TrainingConfig, got {self.mask_training!r:.80}")
         if self.mask_epochs < 0:

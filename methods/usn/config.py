@@ -7,6 +7,7 @@ import numbers
 from typing import Literal
 
 from certify.perturbations import BrightnessContrast, Perturbation
+from methods.base import whole_numbers
 from methods.masks import Scope
 from methods.training.config import TrainingConfig
 from methods.training.natural import Natural
@@ -142,15 +143,12 @@ class USNConfig:
     def _check_types(self) -> None:
         reals = ("ratio", "lambda_u", "lambda_s", "lambda_w", "metric_fraction", "prune_end", "collapse_after",
                  "wide_lr_scale")  # fmt: skip
-        whole = ("epochs", "m", "prune_start", "prune_interval", "wide_inputs")
         parts = {"training": TrainingConfig, "perturbation": Perturbation, "metric": Metric,
                  "wasserstein": WassersteinTarget}  # fmt: skip
         for field in reals:
             if not isinstance(value := getattr(self, field), numbers.Real):
                 raise TypeError(f"{field} must be a number, got {value!r}")
-        for field in whole:
-            if isinstance(value := getattr(self, field), bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{field} must be a whole number, got {value!r}")
+        whole_numbers(self, "epochs", "m", "prune_start", "prune_interval", "wide_inputs")
         if self.prune_steps is not None and not isinstance(self.prune_steps, numbers.Integral):
             raise TypeError(f"prune_steps must be a whole number or None, got {self.prune_steps!r}")
         for field, kind in parts.items():

@@ -142,7 +142,7 @@ class Verifies:
 
 @dataclass(frozen=True)
 class AgainstEach:
-    """ "The best of all": a question for every rival, and the answer of the rival that comes off best.
+    """A claim to be the best of all: a question for every rival, and the answer of the one that comes off best.
 
     If the claim's side is ahead of all, its p-value is the largest of theirs (an intersection-union test, which needs
     no adjustment); if it is behind some, the smallest of these rivals', times how many rivals there are.
